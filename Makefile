@@ -1,0 +1,54 @@
+# Everything a person types. `make` alone prints this list.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test check format lock clean
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed-local ## install, start everything, transcribe the sample, print it, stop
+	@$(BIN)/python -m local demo
+
+run: $(VENV)/.installed-local ## start the whole service on 127.0.0.1:${PORT:-8000}; Ctrl-C stops it
+	@exec $(BIN)/python -m local run
+
+test: $(VENV)/.installed-dev ## install and run the tests
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## lint, types and import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## rewrite the code as the linter wants it
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: $(VENV)/.installed-dev ## compile requirements/*.txt from pyproject.toml (needs the package index)
+	@$(LOCK) --all-extras --group dev -o requirements/dev.txt
+	@$(LOCK) --extra api -c requirements/dev.txt -o requirements/api.txt
+	@$(LOCK) --extra worker -c requirements/dev.txt -o requirements/worker.txt
+	@$(LOCK) --extra monitor -c requirements/dev.txt -o requirements/monitor.txt
+	@$(LOCK) --extra api --extra worker --extra client --extra local -c requirements/dev.txt \
+		-o requirements/local.txt
+
+clean: ## remove the virtual environment and caches (keeps .data)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install your system's python3-venv package"; exit 1; }
+
+# One stamp per lock file: a second `make` needs neither the network nor time.
+$(VENV)/.installed-%: requirements/%.txt | $(BIN)/python
+	@echo "Installing requirements/$*.txt (first time only)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@

@@ -1,0 +1,25 @@
+"""What a request may use: the things that the lifespan of api/app.py opens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from fastapi import Request
+
+from api.store import JobStore
+from shared.metrics import ApiMetrics
+from shared.settings import Settings
+from shared.storage import Storage
+
+
+@dataclass(frozen=True)
+class State:
+    settings: Settings
+    store: JobStore
+    storage: Storage
+    metrics: ApiMetrics
+
+
+def state_of(request: Request) -> State:
+    return cast("State", request.app.state.service)

@@ -1,0 +1,121 @@
+"""GET /status, GET /result, DELETE /jobs: a job as its caller sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Query, Request, Response
+
+from api import formats
+from api.dependencies import state_of
+from api.transcriptions import links
+from shared.errors import (
+    JobCancelled,
+    JobFailed,
+    JobNotFound,
+    ResultNotReady,
+)
+from shared.jobs import Job, JobStatus
+from shared.schemas import Failure, JobEnded, JobResult, JobView
+
+router = APIRouter(tags=["jobs"])
+
+
+def job_id_of(text: str) -> str:
+    """The canonical form of an id; whatever is no UUID was never one of ours."""
+    try:
+        return str(UUID(text))
+    except ValueError as exc:
+        raise JobNotFound from exc
+
+
+def poll_after_seconds(job: Job) -> int:
+    """A polite client asks again after this: soon for the next in line, later for the far back."""
+    if job.status is JobStatus.PROCESSING:
+        return 1
+    return min(30, 1 + (job.queue_position or 1) // 10)
+
+
+@router.get("/status/{job_id}", response_model=JobView, summary="Ask how far a job is")
+async def status(job_id: str, request: Request, response: Response) -> JobView:
+    job = await state_of(request).store.read(job_id_of(job_id))
+    response.headers["Cache-Control"] = "no-store"
+    if not job.status.is_terminal:
+        response.headers["Retry-After"] = str(poll_after_seconds(job))
+    return view(job)
+
+
+def view(job: Job) -> JobView:
+    # A job that was answered from the cache, or joined late, did not wait for the whole run.
+    began = max(job.started_at, job.submitted_at) if job.started_at else None
+    if job.outcome == "hit":
+        began = job.finished_at
+    ended = job.finished_at
+    return JobView(
+        job_id=job.job_id,
+        status=job.status,
+        progress=job.progress,
+        queue_position=job.queue_position,
+        deduplicated=job.outcome != "new",
+        attempts=job.attempts,
+        duration=job.duration,
+        submitted_at=job.submitted_at,
+        started_at=began,
+        finished_at=ended,
+        expires_at=job.expires_at,
+        queue_seconds=(began - job.submitted_at).total_seconds() if began else None,
+        processing_seconds=(ended - began).total_seconds() if began and ended else None,
+        error=Failure(code=job.error_code, message=job.error_message) if job.error_code else None,
+        links=links(job.job_id),
+    )
+
+
+@router.get(
+    "/result/{job_id}",
+    summary="Get the transcript",
+    response_model=None,
+    responses={200: {"model": JobResult, "content": formats.CONTENT_OF_RESULT}},
+)
+async def result(
+    job_id: str,
+    request: Request,
+    format: Annotated[formats.Format, Query(description="How to write it.")] = formats.Format.JSON,
+) -> Response:
+    store = state_of(request).store
+    job = await store.read(job_id_of(job_id))
+    if job.status is JobStatus.FAILED:
+        raise JobFailed(job.error_code, job.error_message)
+    if job.status is JobStatus.CANCELLED:
+        raise JobCancelled
+    if job.status is not JobStatus.COMPLETED:
+        raise ResultNotReady(
+            f"The job is {job.status}, its result is not ready. Ask again after the time that "
+            "Retry-After names.",
+            retry_after_seconds=poll_after_seconds(job),
+        )
+    return formats.render(format, job.job_id, await store.transcript(job))
+
+
+@router.delete(
+    "/jobs/{job_id}", response_model=JobEnded, summary="Cancel a job or erase its result"
+)
+async def delete(job_id: str, request: Request) -> JobEnded:
+    """Cancels an unfinished job; erases a finished one, and its transcript with the last job."""
+    state = state_of(request)
+    job_id = job_id_of(job_id)
+    outcome = await state.store.cancel(job_id)
+    if outcome == "finished":
+        outcome = await state.store.erase(job_id)
+    if outcome == "unknown":
+        raise JobNotFound
+    await asyncio.to_thread(state.storage.remove, job_id)
+    if outcome == "cancelled":
+        return JobEnded(job_id=job_id, status="cancelled", message="The job was cancelled")
+    return JobEnded(job_id=job_id, status="deleted", message="The job and its result were erased")
+
+
+@router.delete("/job/{job_id}", response_model=JobEnded, include_in_schema=False)
+async def delete_by_old_name(job_id: str, request: Request) -> JobEnded:
+    return await delete(job_id, request)

@@ -1,0 +1,96 @@
+"""What happens to every request: an id, a metric, a log line, safe headers."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.logs import context
+from shared.metrics import ApiMetrics
+
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+DOCS_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; font-src 'self' data:; frame-ancestors 'none'"
+)
+
+
+class Observe:
+    """Gives each request an id and counts it by its route's template, never by its path."""
+
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics):
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        context.set({"request_id": request_id})
+        started = time.perf_counter()
+        status = 500
+        body_is_read = False
+
+        async def watch_body() -> Message:
+            nonlocal body_is_read
+            message = await receive()
+            body_is_read = not message.get("more_body", False)
+            return message
+
+        async def add_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                is_docs = scope["path"] == "/docs"
+                headers["Content-Security-Policy"] = DOCS_POLICY if is_docs else API_POLICY
+                if scope["method"] == "POST" and not body_is_read:
+                    headers["Connection"] = "close"  # what is left of the body is not read
+            await send(message)
+
+        self.metrics.http_in_progress.inc()
+        try:
+            await self.app(scope, watch_body, add_headers)
+        finally:
+            self.metrics.http_in_progress.dec()
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self.metrics.http_requests.labels(_method(scope), route, str(status)).inc()
+            self.metrics.http_duration.labels(_method(scope), route).observe(seconds)
+            log.debug(
+                "request",
+                extra={
+                    "action": "request",
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                },
+            )
+
+
+def _request_id(scope: Scope) -> str:
+    """The proxy's id when it is a sane one, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value.decode())
+    return str(uuid4())
+
+
+def _method(scope: Scope) -> str:
+    """Clients can send any word as a method; labels are a closed set."""
+    method = str(scope["method"])
+    return method if method in {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"} else "OTHER"

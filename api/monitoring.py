@@ -1,0 +1,186 @@
+"""GET /health, /stats, /metrics: what the service says of itself. Cheap, and never a broadcast to
+workers: they report to the job store, and a dead one's report disappears by itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    generate_latest,
+    multiprocess,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from api.dependencies import State, state_of
+from api.store import Snapshot
+from shared.broker import QUEUE_NAME
+from shared.errors import StorageFull, StoreUnavailable
+from shared.metrics import VERSION
+
+router = APIRouter(tags=["monitoring"])
+
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@router.get("/health", summary="Is the service well?")
+async def health(request: Request, response: Response) -> dict[str, Any]:
+    """`ok`: jobs are accepted and a warm worker is there. `degraded`: jobs are accepted and safe,
+    but no worker is warm. `unavailable` (503): the job store does not answer."""
+    state = state_of(request)
+    base = {"version": VERSION, "model": state.settings.model_size}
+    try:
+        snapshot = await state.store.snapshot()
+    except StoreUnavailable:
+        response.status_code = 503
+        response.headers["Retry-After"] = "5"
+        return {"status": "unavailable", **base, "redis": "unreachable"}
+    return {
+        "status": "ok" if snapshot.warm_workers else "degraded",
+        **base,
+        "redis": "ok",
+        "workers": {
+            "alive": len(snapshot.workers),
+            "warm": snapshot.warm_workers,
+            "slots": sum(int(worker["slots"]) for worker in snapshot.workers),
+        },
+        "queue": {"queued": snapshot.queued, "processing": snapshot.processing},
+    }
+
+
+@router.get("/health/live", summary="Does the process answer?")
+async def live() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/health/ready", summary="Can this replica accept a job?")
+async def ready(request: Request) -> dict[str, str]:
+    state = state_of(request)
+    await state.store.ping()
+    if state.storage.free_bytes() < state.settings.min_free_disk_bytes:
+        raise StorageFull
+    return {"status": "ok"}
+
+
+@router.get("/stats", summary="What happened, and what is under way")
+async def stats(request: Request) -> dict[str, Any]:
+    """Counts run since the job store began; they outlive restarts of every process."""
+    state = state_of(request)
+    snapshot = await state.store.snapshot()
+    count = snapshot.counters.get
+    return {
+        "queue": {
+            "queued": snapshot.queued,
+            "oldest_seconds": round(snapshot.oldest_queued_seconds, 3),
+            "processing": snapshot.processing,
+        },
+        "jobs": {
+            name: count(f"jobs_{name}", 0)
+            for name in ("submitted", "completed", "failed", "cancelled")
+        },
+        "cache": {
+            "misses": count("submit_new", 0),
+            "joined": count("submit_joined", 0),
+            "hits": count("submit_hit", 0),
+            "transcript_bytes": count("transcript_bytes", 0),
+            "evicted": count("transcripts_evicted", 0),
+        },
+        "transcriptions": {
+            "completed": count("transcriptions_completed", 0),
+            "failed": count("transcriptions_failed", 0),
+            "handed_back": count("transcriptions_released", 0),
+            "leases_expired": count("leases_expired", 0),
+        },
+        "workers": list(snapshot.workers),
+        "model": state.settings.model_size,
+    }
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+async def metrics(request: Request) -> Response:
+    state = state_of(request)
+    try:
+        snapshot = await state.store.snapshot()
+    except StoreUnavailable:
+        snapshot = None
+    body = generate_latest(_registry()) + generate_latest(_store_registry(state, snapshot))
+    return Response(body, media_type=CONTENT_TYPE_LATEST)
+
+
+def _registry() -> CollectorRegistry:
+    """This process's metrics; with several API processes, those of all of them together."""
+    folder = os.environ.get(MULTIPROCESS_DIR)
+    if not folder:
+        return REGISTRY
+    sweep_dead(Path(folder))
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return registry
+
+
+def sweep_dead(folder: Path) -> None:
+    """A killed process leaves its live gauges behind; uvicorn has no hook to clear them."""
+    for path in folder.glob("gauge_live*_*.db"):
+        match = re.search(r"_(\d+)\.db$", path.name)
+        if match and not Path(f"/proc/{match[1]}").exists() and Path("/proc/self").exists():
+            multiprocess.mark_process_dead(int(match[1]), str(folder))  # type: ignore[no-untyped-call]
+
+
+class _FromStore:
+    """Gauges that are read, not counted: every replica reports the same, so take max, not sum."""
+
+    def __init__(self, snapshot: Snapshot | None, folder: Path):
+        self.snapshot = snapshot
+        self.folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("whisper_store_up", "1 when the job store answered this scrape")
+        up.add_metric([], 0 if self.snapshot is None else 1)
+        yield up
+        usage = shutil.disk_usage(self.folder)
+        disk = GaugeMetricFamily(
+            "whisper_storage_bytes", "The file system that uploads rest on", labels=["kind"]
+        )
+        disk.add_metric(["used"], usage.used)
+        disk.add_metric(["free"], usage.free)
+        yield disk
+        if self.snapshot is None:
+            return
+        for name, text, value in (
+            ("whisper_queue_depth", "Transcriptions that wait", self.snapshot.queued),
+            (
+                "whisper_queue_oldest_age_seconds",
+                "Age of the transcription that has waited longest",
+                self.snapshot.oldest_queued_seconds,
+            ),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["queue"])
+            gauge.add_metric([QUEUE_NAME], value)
+            yield gauge
+        workers = GaugeMetricFamily(
+            "whisper_workers", "Workers with a fresh heartbeat", labels=["state"]
+        )
+        workers.add_metric(["warm"], self.snapshot.warm_workers)
+        workers.add_metric(["cold"], len(self.snapshot.workers) - self.snapshot.warm_workers)
+        yield workers
+        leased = GaugeMetricFamily("whisper_leases", "Transcriptions under a lease")
+        leased.add_metric([], self.snapshot.processing)
+        yield leased
+        size = GaugeMetricFamily("whisper_transcript_bytes", "Transcripts kept in the job store")
+        size.add_metric([], self.snapshot.counters.get("transcript_bytes", 0))
+        yield size
+
+
+def _store_registry(state: State, snapshot: Snapshot | None) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(_FromStore(snapshot, state.storage.root))
+    return registry

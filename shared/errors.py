@@ -1,0 +1,217 @@
+"""Every error of the service, HTTP-free, so that the API and the worker raise the same classes.
+
+ServiceError
+├── RequestError              the caller can mend it by sending something else
+│   ├── InvalidField          a form field has a wrong value (names the field)
+│   ├── MalformedUpload       the body is not a multipart form we can read
+│   ├── MissingFile, EmptyFile, FileTooLarge, NotAudio
+│   ├── JobNotFound, JobExpired
+│   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
+├── Unavailable               our side can't serve now; the same request may work later
+│   ├── StoreUnavailable      Redis does not answer
+│   └── StorageFull           no room for the upload
+├── MediaError                the file can't be transcribed, however often it is tried
+│   └── UnreadableMedia, NoAudioStream, TruncatedMedia, AudioTooLong, AudioTooShort
+├── TranscriptionError        the work failed on our side
+│   └── WorkerLost, InputMissing, EngineFailure
+└── ModelUnavailable, InvalidSettings               ends start-up with one sentence
+
+The class docstring is the default message; `code` is the stable name that clients switch on.
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Something went wrong."""
+
+    code = "internal_error"
+    retryable = False
+
+    def __init__(self, message: str | None = None, *, retry_after_seconds: int | None = None):
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(self.message)
+
+
+class RequestError(ServiceError):
+    """The request can't be served as it is."""
+
+    code = "invalid_request"
+
+
+class InvalidField(RequestError):
+    """A form field has a value that we can't use."""
+
+    code = "invalid_field"
+
+    def __init__(self, errors: list[tuple[str, str]]):
+        """`errors`: (field name, what is wrong with it) pairs, at least one."""
+        self.errors = errors
+        super().__init__("; ".join(f"{field}: {problem}" for field, problem in errors))
+
+
+class MalformedUpload(RequestError):
+    """The body is not multipart/form-data. Send the audio as the form field `file`, \
+for example: curl -F "file=@audio.mp3" ..."""
+
+    code = "malformed_upload"
+
+
+class MissingFile(RequestError):
+    """No file was sent. Send the audio as the form field `file`, \
+for example: curl -F "file=@audio.mp3" ..."""
+
+    code = "missing_file"
+
+
+class EmptyFile(RequestError):
+    """The file is empty (0 bytes)."""
+
+    code = "empty_file"
+
+
+class FileTooLarge(RequestError):
+    """The file is larger than this server accepts."""
+
+    code = "file_too_large"
+
+
+class NotAudio(RequestError):
+    """The file is text, not audio or video, whatever its name says."""
+
+    code = "unsupported_media"
+
+
+class JobNotFound(RequestError):
+    """There is no job with this id. Ids are those that POST /transcribe returned."""
+
+    code = "job_not_found"
+
+
+class JobExpired(RequestError):
+    """The job's result was kept for its retention time and is gone. Submit the file again."""
+
+    code = "job_expired"
+
+
+class ResultNotReady(RequestError):
+    """The job is not finished. Ask again after the time that Retry-After names."""
+
+    code = "result_not_ready"
+
+
+class JobFailed(RequestError):
+    """The job failed, so it has no result."""
+
+    code = "job_failed"
+
+    def __init__(self, code: str, message: str):
+        """`code`, `message`: the failure's own."""
+        super().__init__(message)
+        self.code = code
+
+
+class JobCancelled(RequestError):
+    """The job was cancelled, so it has no result. Submit the file again to transcribe it."""
+
+    code = "job_cancelled"
+
+
+class Unavailable(ServiceError):
+    """The service can't do this right now. Try again after the time that Retry-After names."""
+
+    code = "unavailable"
+    retryable = True
+
+
+class StoreUnavailable(Unavailable):
+    """The job store does not answer; nothing was accepted or changed. Try again shortly."""
+
+    code = "store_unavailable"
+
+
+class StorageFull(Unavailable):
+    """The server has no disk space left for uploads; nothing was kept. Try again later."""
+
+    code = "storage_full"
+
+
+class MediaError(ServiceError):
+    """The file can't be transcribed."""
+
+    code = "unreadable_media"
+
+
+class UnreadableMedia(MediaError):
+    """The file could not be decoded: it is damaged, or not in an audio or video format \
+that we know (WAV, MP3, FLAC, Ogg, Opus, M4A, MP4, WebM, AAC and others)."""
+
+    code = "unreadable_media"
+
+
+class NoAudioStream(MediaError):
+    """The file holds no audio stream (a video without sound, or a picture)."""
+
+    code = "no_audio_stream"
+
+
+class TruncatedMedia(MediaError):
+    """The file ends early: less audio could be decoded than its header promises."""
+
+    code = "truncated_media"
+
+
+class AudioTooLong(MediaError):
+    """The audio is longer than this server accepts."""
+
+    code = "audio_too_long"
+
+
+class AudioTooShort(MediaError):
+    """The file decodes to no audio samples at all."""
+
+    code = "no_audio_samples"
+
+
+class TranscriptionError(ServiceError):
+    """The transcription failed on our side."""
+
+    code = "internal_error"
+    retryable = True
+
+
+class WorkerLost(TranscriptionError):
+    """Every worker that tried this file died while working on it, so it was given up."""
+
+    code = "worker_lost"
+
+
+class InputMissing(TranscriptionError):
+    """The uploaded file is no longer in storage. Submit it again."""
+
+    code = "input_missing"
+
+
+class EngineFailure(TranscriptionError):
+    """The speech model failed on this file more than once."""
+
+    code = "engine_failure"
+
+
+class HandbackLimit(TranscriptionError):
+    """Workers had to hand this file back too often (restarts or a failing machine)."""
+
+    code = "handed_back_too_often"
+
+
+class ModelUnavailable(ServiceError):
+    """The speech model can't be loaded."""
+
+    code = "model_unavailable"
+
+
+class InvalidSettings(ServiceError):
+    """A setting has a value that we can't use."""
+
+    code = "invalid_settings"

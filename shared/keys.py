@@ -1,0 +1,71 @@
+"""Every Redis key, and the only place that spells one.
+
+name (after the `{whisper}:` prefix)  type    lifetime           meaning
+------------------------------------  ------  -----------------  ----------------------------------
+job:<job id>                          hash    retention + grace  one caller's claim ticket
+transcription:<fingerprint>           hash    retention + grace  the unit of work behind jobs
+holders:<fingerprint>                 set     as transcription   ids of the jobs that hold it
+transcript:<fingerprint>              string  retention          the result, rendered JSON
+queue                                 zset    for ever           fingerprint -> queued at (ms)
+leases                                zset    for ever           fingerprint -> lease end (ms)
+transcripts                           zset    for ever           fingerprint -> its end (ms)
+transcript_sizes                      hash    for ever           fingerprint -> bytes
+counters                              hash    for ever           what happened since the store began
+workers                               zset    for ever           worker id -> last heartbeat (ms)
+worker:<worker id>                    string  some heartbeats    what it says of itself, JSON
+
+The prefix is a hash tag, so all keys share one slot. Records of unfinished work have no lifetime:
+they end when the work does. The broker's own keys (the list `transcriptions` and kombu's) are
+named in shared/broker.py.
+
+Lua scripts reach the same names through LUA_PRELUDE, which the loader puts before each of them.
+"""
+
+from __future__ import annotations
+
+PREFIX = "{whisper}:"
+
+QUEUE = PREFIX + "queue"
+LEASES = PREFIX + "leases"
+TRANSCRIPTS = PREFIX + "transcripts"
+TRANSCRIPT_SIZES = PREFIX + "transcript_sizes"
+COUNTERS = PREFIX + "counters"
+WORKERS = PREFIX + "workers"
+
+
+def job(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}"
+
+
+def transcription(fingerprint: str) -> str:
+    return f"{PREFIX}transcription:{fingerprint}"
+
+
+def holders(fingerprint: str) -> str:
+    return f"{PREFIX}holders:{fingerprint}"
+
+
+def transcript(fingerprint: str) -> str:
+    return f"{PREFIX}transcript:{fingerprint}"
+
+
+def worker(worker_id: str) -> str:
+    return f"{PREFIX}worker:{worker_id}"
+
+
+LUA_PRELUDE = "\n".join(
+    [
+        f"local {name.upper()} = '{value}'"
+        for name, value in [
+            ("queue", QUEUE),
+            ("leases", LEASES),
+            ("transcripts", TRANSCRIPTS),
+            ("transcript_sizes", TRANSCRIPT_SIZES),
+            ("counters", COUNTERS),
+        ]
+    ]
+    + [
+        f"local function {function.__name__}(id) return '{function('')}' .. id end"
+        for function in (job, transcription, holders, transcript)
+    ]
+)

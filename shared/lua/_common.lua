@@ -1,0 +1,78 @@
+-- Put before every script, after the key names of shared/keys.py.
+-- Times are milliseconds since 1970 from Redis's own clock, never from a caller.
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- Lua writes large numbers as 1.7e+12; Redis and Python want digits.
+local function digits(number)
+  return string.format('%.0f', number)
+end
+
+local function count(event, by)
+  redis.call('HINCRBY', COUNTERS, event, by or 1)
+end
+
+-- Gives one job its terminal status and its lifetime.
+local function end_job(id, now, status, code, message, retention_ms, grace_ms)
+  if redis.call('EXISTS', job(id)) == 0 or redis.call('HEXISTS', job(id), 'status') == 1 then
+    return false
+  end
+  redis.call('HSET', job(id), 'status', status, 'finished_ms', digits(now),
+    'expires_ms', digits(now + retention_ms), 'error_code', code, 'error_message', message)
+  redis.call('PEXPIRE', job(id), digits(retention_ms + grace_ms))
+  return true
+end
+
+-- Ends a transcription and every job that holds it. Returns the ids of those jobs.
+local function end_transcription(fp, now, status, code, message, retention_ms, grace_ms)
+  redis.call('ZREM', QUEUE, fp)
+  redis.call('ZREM', LEASES, fp)
+  redis.call('HSET', transcription(fp), 'status', status, 'finished_ms', digits(now))
+  redis.call('HDEL', transcription(fp), 'claim_id')
+  redis.call('PEXPIRE', transcription(fp), digits(retention_ms + grace_ms))
+  redis.call('PEXPIRE', holders(fp), digits(retention_ms + grace_ms))
+  local ids = redis.call('SMEMBERS', holders(fp))
+  for _, id in ipairs(ids) do
+    if end_job(id, now, status, code, message, retention_ms, grace_ms) then
+      count('jobs_' .. status)
+    end
+  end
+  return ids
+end
+
+-- Back to the queue, at the place that its age gives it.
+local function requeue(fp)
+  redis.call('ZREM', LEASES, fp)
+  redis.call('HSET', transcription(fp), 'status', 'queued', 'progress', '0')
+  redis.call('HDEL', transcription(fp), 'claim_id', 'worker', 'started_ms')
+  redis.call('ZADD', QUEUE, redis.call('HGET', transcription(fp), 'queued_ms'), fp)
+end
+
+-- Removes a transcript and its place in the cache's books.
+local function drop_transcript(fp)
+  redis.call('DEL', transcript(fp))
+  redis.call('ZREM', TRANSCRIPTS, fp)
+  local size = redis.call('HGET', TRANSCRIPT_SIZES, fp)
+  if size then
+    redis.call('HDEL', TRANSCRIPT_SIZES, fp)
+    count('transcript_bytes', -size)
+  end
+end
+
+-- Keeps a transcript (and what leads to it) at least until `now + retention_ms`.
+local function keep_transcript(fp, now, retention_ms, grace_ms)
+  redis.call('PEXPIRE', transcript(fp), digits(retention_ms))
+  redis.call('PEXPIRE', transcription(fp), digits(retention_ms + grace_ms))
+  redis.call('PEXPIRE', holders(fp), digits(retention_ms + grace_ms))
+  redis.call('ZADD', TRANSCRIPTS, digits(now + retention_ms), fp)
+end
+
+-- True while this claim is the one that owns the transcription and its lease has not ended.
+local function owns(fp, claim_id, now)
+  local lease = redis.call('ZSCORE', LEASES, fp)
+  return lease and tonumber(lease) > now
+    and redis.call('HGET', transcription(fp), 'claim_id') == claim_id
+end

@@ -1,0 +1,125 @@
+"""What travels: the transcript that a worker writes, and the answers that the API gives."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.jobs import JobStatus
+
+
+class Word(BaseModel):
+    start: float = Field(description="Seconds from the beginning of the recording.")
+    end: float
+    word: str = Field(description="With the space that precedes it, as Whisper writes it.")
+    probability: float = Field(description="0 to 1.")
+
+
+class Segment(BaseModel):
+    id: int = Field(description="Counted from 0.")
+    start: float = Field(description="Seconds from the beginning of the recording.")
+    end: float
+    text: str
+    avg_logprob: float = Field(description="Mean log probability of the tokens.")
+    compression_ratio: float = Field(description="High values mean repeated text.")
+    no_speech_prob: float = Field(description="0 to 1.")
+    temperature: float = Field(description="The temperature that gave this text.")
+    words: list[Word] | None = Field(None, description="Only with word_timestamps.")
+
+
+class TranscriptWarning(BaseModel):
+    code: str
+    message: str
+
+
+class Transcript(BaseModel):
+    """The result of a transcription, stored as rendered JSON and returned untouched."""
+
+    text: str
+    language: str = Field(description="Code, as `en`.")
+    language_probability: float = Field(description="0 to 1; 1 when the caller gave the language.")
+    duration: float = Field(description="Seconds of audio.")
+    duration_after_vad: float = Field(description="Seconds of audio that the model was given.")
+    segments: list[Segment]
+    task: str
+    model: str
+    processing_seconds: float = Field(description="What the worker spent on it.")
+    warnings: list[TranscriptWarning] = []
+
+
+class Links(BaseModel):
+    status: str
+    result: str
+    cancel: str
+
+
+class JobAccepted(BaseModel):
+    """202 of POST /transcribe."""
+
+    job_id: str
+    status: JobStatus
+    message: str
+    deduplicated: bool = Field(
+        description="True when the same file with the same options was already done or under way."
+    )
+    links: Links
+
+
+class Failure(BaseModel):
+    code: str
+    message: str
+
+
+class JobView(BaseModel):
+    """GET /status/{job_id}."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    job_id: str
+    status: JobStatus
+    progress: float = Field(description="Share of the audio that is transcribed, 0 to 1.")
+    queue_position: int | None = Field(None, description="1 is next; only while queued.")
+    deduplicated: bool
+    attempts: int = Field(description="How often a worker began it.")
+    duration: float | None = Field(None, description="Seconds of audio, once known.")
+    submitted_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    expires_at: datetime | None = Field(None, description="When the result goes.")
+    queue_seconds: float | None = Field(None, description="From submission to its start.")
+    processing_seconds: float | None = Field(None, description="From its start to its end.")
+    error: Failure | None = None
+    links: Links
+
+
+class JobResult(Transcript):
+    """GET /result/{job_id}, format json."""
+
+    job_id: str
+    status: JobStatus
+
+
+class JobEnded(BaseModel):
+    """DELETE /jobs/{job_id}."""
+
+    job_id: str
+    status: str = Field(description="cancelled: it was unfinished; deleted: its result is erased.")
+    message: str
+
+
+class FieldProblem(BaseModel):
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """Every error, as application/problem+json (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = Field(description="One sentence that says what to do.")
+    code: str = Field(description="Stable; switch on this.")
+    request_id: str
+    errors: list[FieldProblem] = []

@@ -1,0 +1,205 @@
+"""Every knob of the service, read from the environment and .env. The only place that reads them.
+
+Built once by each composition root and passed down. A test holds .env.example and the README's
+table to this list.
+"""
+
+from __future__ import annotations
+
+import difflib
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import InvalidSettings
+
+DEMO_MODEL = "demo"
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+    AUTO = "auto"
+
+
+class ComputeType(StrEnum):
+    """The number formats that CTranslate2 computes in (its documentation: quantization)."""
+
+    DEFAULT = "default"
+    AUTO = "auto"
+    INT8 = "int8"
+    INT8_FLOAT32 = "int8_float32"
+    INT8_FLOAT16 = "int8_float16"
+    INT8_BFLOAT16 = "int8_bfloat16"
+    INT16 = "int16"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Settings(BaseSettings):
+    """Both sides read the same settings, so that API and worker agree on model and limits."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True)
+
+    # --- model
+    model_size: str = Field(
+        "base",
+        description="tiny, base, small, medium, large-v3, large-v3-turbo"
+        "..., a Hub id, a folder, or `demo` (the bundled one).",
+    )
+    model_revision: str = Field("", description="Commit or tag of a Hub model; empty: its newest.")
+    device: Device = Field(Device.AUTO, description="cpu, cuda or auto.")
+    device_index: int = Field(0, ge=0, description="Which GPU.")
+    compute_type: ComputeType = Field(
+        ComputeType.DEFAULT,
+        description="int8, float16, float32...; default: as the model is stored.",
+    )
+    cpu_threads: int = Field(0, ge=0, description="Threads of one transcription; 0: all cores.")
+
+    # --- limits
+    max_file_size_mb: int = Field(100, ge=1, description="Largest upload, in MiB.")
+    max_audio_seconds: int = Field(14_400, ge=1, description="Longest audio.")
+    min_free_disk_mb: int = Field(256, ge=0, description="Uploads are refused below this, in MiB.")
+
+    # --- processes
+    host: str = Field("127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(8000, ge=0, le=65_535, description="Port that the API listens on.")
+    workers: int = Field(1, ge=1, le=64, description="API processes in one replica.")
+    worker_slots: int = Field(
+        1, ge=1, le=64, description="Transcriptions that one worker runs at a time."
+    )
+    worker_cpus: str = Field("", description="Cores a worker is pinned to, like 0-3,8; empty: all.")
+    worker_http_host: str = Field("127.0.0.1", description="Address of the worker's own endpoint.")
+    worker_http_port: int = Field(
+        9101, ge=0, le=65_535, description="Port of the worker's /healthz and /metrics."
+    )
+
+    # --- storage
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="Job store, broker and cache."
+    )
+    data_dir: Path = Field(
+        Path(".data"), description="Uploads rest here; API and workers share it."
+    )
+    result_ttl_seconds: int = Field(86_400, ge=1, description="How long results are kept.")
+    result_cache_max_mb: int = Field(256, ge=1, description="Most memory for transcripts, in MiB.")
+
+    # --- job life
+    lease_seconds: int = Field(45, ge=3, description="A silent worker loses its job after this.")
+    max_attempts: int = Field(
+        3, ge=1, description="A file that killed so many workers is given up."
+    )
+    max_handbacks: int = Field(10, ge=1, description="So many drains are too many for one job.")
+    reap_interval_seconds: float = Field(
+        5, gt=0, description="How often dead leases are looked for."
+    )
+    drain_seconds: int = Field(
+        30, ge=0, description="A stopping worker finishes for so long, then hands its work back."
+    )
+
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        if value.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+            raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+        return value.upper()
+
+    @field_validator("model_size")
+    @classmethod
+    def _some_model(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a model, a Hub id or a folder")
+        return value.strip()
+
+    @field_validator("worker_cpus")
+    @classmethod
+    def _cpu_list(cls, value: str) -> str:
+        parse_cpus(value)
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _single_redis(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError(
+                "must begin with redis://, rediss:// or unix:// (no cluster or sentinel)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _reaper_sees_leases(self) -> Self:
+        if self.reap_interval_seconds > self.lease_seconds:
+            raise ValueError("REAP_INTERVAL_SECONDS must not exceed LEASE_SECONDS")
+        return self
+
+    @property
+    def max_file_size_bytes(self) -> int:
+        return self.max_file_size_mb * 1024 * 1024
+
+    @property
+    def min_free_disk_bytes(self) -> int:
+        return self.min_free_disk_mb * 1024 * 1024
+
+    @property
+    def retention_ms(self) -> int:
+        return self.result_ttl_seconds * 1000
+
+    @property
+    def grace_ms(self) -> int:
+        """How long an expired job is still known as expired, so that 410 and not 404 answers."""
+        return max(86_400_000, self.retention_ms)
+
+    @property
+    def lease_ms(self) -> int:
+        return self.lease_seconds * 1000
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """A lease survives two lost heartbeats; progress is at most this old."""
+        return min(2.0, self.lease_seconds / 3)
+
+    @property
+    def model_key(self) -> str:
+        """What makes two models give different text, as one string, part of every fingerprint."""
+        return f"{self.model_size}@{self.model_revision or 'latest'}/{self.compute_type}"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Reads the settings; raises InvalidSettings with a sentence that names what to mend."""
+    _reject_typos()
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as exc:
+        problems = "; ".join(
+            f"{'_'.join(map(str, error['loc'])).upper() or 'settings'}: "
+            f"{error['msg'].removeprefix('Value error, ')}"
+            for error in exc.errors(include_input=False)
+        )
+        raise InvalidSettings(f"Invalid settings: {problems}") from exc
+
+
+def _reject_typos() -> None:
+    """A name in .env that is almost one of ours is a mistake, not somebody else's variable."""
+    names = {name.upper() for name in Settings.model_fields}
+    for name in dotenv_values(".env"):
+        close = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85)
+        if close and name.upper() not in names:
+            raise InvalidSettings(f"Unknown name {name} in .env: did you mean {close[0]}?")
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """`0-3,8` -> {0, 1, 2, 3, 8}; raises ValueError."""
+    cpus: set[int] = set()
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"{text!r} is not a list of cores like 0-3,8")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return frozenset(cpus)

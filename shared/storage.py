@@ -1,0 +1,132 @@
+"""Where uploads rest: one folder for each unfinished job, owned by that job alone.
+
+    <data dir>/uploads/<job id>/audio            the bytes as received, complete
+                                audio.part       an upload that is still arriving
+                                manifest.json    what is needed to submit the job again
+                                transcript.json  finished work that could not be committed yet
+
+Whoever ends a job removes its folder: nothing is shared, so nothing is counted or locked, and a job
+that joins another one's transcription keeps its own way back (a hard link, so no second copy). A
+folder without a job record is either an upload under way or a job that Redis has lost; the manifest
+tells which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import UUID
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What submit needs: a job can be rebuilt from this and the audio beside it."""
+
+    job_id: str
+    fingerprint: str
+    checksum: str  # SHA-256 of the audio, hex
+    options: str  # canonical JSON of TranscriptionOptions
+    model: str
+
+
+class Storage:
+    """The uploads below one data folder, on a file system that API and workers share."""
+
+    def __init__(self, data_dir: Path):
+        self.root = data_dir / "uploads"
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def folder(self, job_id: str) -> Path:
+        """Raises ValueError unless `job_id` is a UUID, so no path leaves the root."""
+        return self.root / str(UUID(job_id))
+
+    def audio(self, job_id: str) -> Path:
+        return self.folder(job_id) / "audio"
+
+    def begin(self, job_id: str) -> Path:
+        """Makes the job's folder; returns the path to write the arriving bytes to."""
+        self.folder(job_id).mkdir()
+        return self.folder(job_id) / "audio.part"
+
+    def keep(self, manifest: Manifest) -> None:
+        """Makes an upload durable: audio, manifest and their names are on disk when it returns."""
+        folder = self.folder(manifest.job_id)
+        part = folder / "audio.part"
+        _sync(part)
+        part.rename(folder / "audio")
+        _write(folder / "manifest.json", json.dumps(asdict(manifest)).encode())
+        _sync(self.root)
+
+    def share_audio(self, leader: str, job_id: str) -> None:
+        """Replaces the job's copy of the audio by a link to the same bytes of `leader`."""
+        link = self.folder(job_id) / "audio.link"
+        with suppress(OSError):  # the leader is done and gone, or the file system has no links
+            os.link(self.audio(leader), link)
+            link.rename(self.audio(job_id))
+
+    def holder_with_audio(self, job_ids: Iterable[str]) -> str | None:
+        """The first of these jobs, which hold the same transcription, whose upload is there."""
+        return next((job_id for job_id in job_ids if self.audio(job_id).exists()), None)
+
+    def manifest(self, job_id: str) -> Manifest | None:
+        """None where there is none, or where it is not one of ours."""
+        try:
+            return Manifest(**json.loads((self.folder(job_id) / "manifest.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def spool(self, job_id: str, transcript: bytes) -> None:
+        """Saves finished work beside its input until it can be committed."""
+        _write(self.folder(job_id) / "transcript.json", transcript)
+
+    def spooled(self, job_id: str) -> bytes | None:
+        try:
+            return (self.folder(job_id) / "transcript.json").read_bytes()
+        except OSError:
+            return None
+
+    def remove(self, job_id: str) -> None:
+        """Forgets the job's upload; does nothing where there is none."""
+        shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def job_ids(self) -> Iterator[str]:
+        """Every job that has a folder."""
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                with suppress(ValueError):
+                    yield str(UUID(entry.name))
+
+    def age_seconds(self, job_id: str) -> float:
+        """How long ago anything arrived in the job's folder; 0 where there is none."""
+        try:
+            with os.scandir(self.folder(job_id)) as entries:
+                newest = max((e.stat().st_mtime for e in entries), default=0.0)
+            return time.time() - max(newest, self.folder(job_id).stat().st_mtime)
+        except OSError:
+            return 0.0
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing: a reader never sees half a file, even after a power cut."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    _sync(temporary)
+    temporary.rename(path)
+    _sync(path.parent)

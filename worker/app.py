@@ -1,0 +1,157 @@
+"""The worker's composition root: model first, then store, threads and Celery; and how it drains."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any
+from uuid import uuid4
+
+from celery import Celery
+from celery.signals import worker_shutting_down
+
+from shared import metrics
+from shared.broker import QUEUE_NAME, TASK_NAME, celery_app
+from shared.settings import Settings, parse_cpus
+from shared.storage import Storage
+from worker import health
+from worker.engine import model
+from worker.engine.engine import Engine
+from worker.heartbeat import Heartbeat
+from worker.reaper import Reaper
+from worker.store import WorkerStore
+from worker.tasks import Service, transcribe_next
+
+log = logging.getLogger(__name__)
+
+HANDBACK_SECONDS = 15  # after the drain: what a segment may take until it sees the stop
+
+
+def run(settings: Settings) -> int:
+    """Serves until told to stop. Returns the exit status. Raises ModelUnavailable, OSError."""
+    if settings.worker_cpus:
+        os.sched_setaffinity(0, parse_cpus(settings.worker_cpus))
+    loaded = model.load(settings)
+    log.info(
+        "model is warm",
+        extra={
+            "action": "model_warm",
+            "model": loaded.name,
+            "device": loaded.device,
+            "compute_type": loaded.compute_type,
+            "seconds": round(loaded.load_seconds, 3),
+        },
+    )
+    counted = metrics.WorkerMetrics(loaded.name, loaded.device)
+    metrics.build_info()
+    counted.slots.set(settings.worker_slots)
+    counted.model_load_seconds.set(loaded.load_seconds)
+    counted.model_loaded.labels(loaded.name, loaded.device, loaded.compute_type).set(1)
+
+    worker_id = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+    celery = celery_app(settings.redis_url.get_secret_value(), lease_seconds=settings.lease_seconds)
+    store = WorkerStore(settings, celery, worker_id)
+    storage = Storage(settings.data_dir)
+    about = {
+        "id": worker_id,
+        "model": loaded.name,
+        "device": loaded.device,
+        "compute_type": loaded.compute_type,
+        "slots": settings.worker_slots,
+        "warm": True,
+        "started_at": time.time(),
+    }
+    heartbeat = Heartbeat(
+        store,
+        settings.heartbeat_seconds,
+        lambda busy: {**about, "busy": busy},
+        counted.heartbeat.set,
+    )
+    reaper = Reaper(store, storage, settings, lambda kind, n: counted.cleaned.labels(kind).inc(n))
+    engine = Engine(loaded, max_audio_seconds=settings.max_audio_seconds)
+    service = Service(settings, store, storage, engine, heartbeat, counted)
+    endpoint = health.serve(
+        settings.worker_http_host,
+        settings.worker_http_port,
+        lambda: well(heartbeat, settings, about),
+    )
+
+    heartbeat.start()
+    reaper.start()
+    try:
+        return serve(celery, service)
+    finally:
+        # Leases are renewed until the last task is done.
+        reaper.stop()
+        heartbeat.stop()
+        endpoint.shutdown()
+        try:
+            store.retire()
+        finally:
+            store.close()
+
+
+def serve(celery: Celery, service: Service) -> int:
+    """Listens for bells until a signal says stop, then drains."""
+
+    @celery.task(name=TASK_NAME, ignore_result=True)
+    def transcribe(_hint: str) -> None:
+        transcribe_next(service)
+
+    @worker_shutting_down.connect(weak=False)
+    def drain(**_: Any) -> None:
+        begin_drain(service)
+
+    worker = celery.Worker(
+        hostname=service.store.worker_id,
+        pool="threads",
+        concurrency=service.settings.worker_slots,
+        queues=[QUEUE_NAME],
+        loglevel=service.settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+def begin_drain(service: Service) -> None:
+    """No new claims from here on. What does not end in time is handed back; what does not even
+    stop is left to its lease."""
+    if service.draining.is_set():
+        return
+    service.draining.set()
+    log.info("draining", extra={"action": "drain", "busy": service.heartbeat.busy})
+
+    def expire() -> None:
+        deadline = time.monotonic() + service.settings.drain_seconds
+        while service.heartbeat.busy and time.monotonic() < deadline:
+            time.sleep(0.1)
+        service.heartbeat.interrupt_all("drain")
+        time.sleep(HANDBACK_SECONDS)
+        log.error("still busy after the drain: exiting", extra={"action": "drain_exceeded"})
+        os._exit(1)
+
+    threading.Thread(target=expire, name="drain", daemon=True).start()
+
+
+def well(
+    heartbeat: Heartbeat, settings: Settings, about: dict[str, Any]
+) -> tuple[bool, dict[str, Any]]:
+    """Well: the model is warm (it is loaded before this answers) and the heartbeat thread ticks. An
+    absent store is no reason to restart a worker."""
+    silence = time.monotonic() - heartbeat.last_tick
+    is_well = heartbeat.is_alive() and silence < settings.lease_seconds
+    words = {
+        "status": "ok" if is_well else "stalled",
+        "worker": about["id"],
+        "model": about["model"],
+        "busy": heartbeat.busy,
+        "slots": settings.worker_slots,
+        "seconds_since_tick": round(silence, 1),
+    }
+    return is_well, words

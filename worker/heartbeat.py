@@ -1,0 +1,117 @@
+"""Proof of life, from one thread of the worker process: renews the lease of every running
+transcription, carries its progress, learns that it was cancelled or lost, and reports the worker.
+
+A connection error is not a verdict: the run goes on, and the store decides when it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shared.errors import StoreUnavailable
+from shared.jobs import Claim
+from worker.store import WorkerStore
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A running transcription must stop: `reason` is cancelled, lost or drain."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Run:
+    """A transcription that is running in this process."""
+
+    def __init__(self, claim: Claim):
+        self.claim = claim
+        self.progress = 0.0
+        self.stop_reason: str | None = None
+
+    def checkpoint(self, progress: float) -> None:
+        """Called by the engine between segments. Raises Interrupted when it should stop."""
+        self.progress = max(self.progress, progress)
+        if self.stop_reason:
+            raise Interrupted(self.stop_reason)
+
+
+class Heartbeat(threading.Thread):
+    """Beats every `interval_seconds`. `about` describes the worker; `on_beat` gets the time of each
+    report that reached the store."""
+
+    def __init__(
+        self,
+        store: WorkerStore,
+        interval_seconds: float,
+        about: Callable[[int], dict[str, Any]],
+        on_beat: Callable[[float], None],
+    ):
+        super().__init__(name="heartbeat", daemon=True)
+        self._store = store
+        self._interval = interval_seconds
+        self._about = about
+        self._on_beat = on_beat
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self.last_tick = time.monotonic()
+
+    @contextmanager
+    def running(self, claim: Claim) -> Iterator[Run]:
+        """Keeps the claim alive while the block runs."""
+        run = Run(claim)
+        with self._lock:
+            self._runs[claim.claim_id] = run
+        try:
+            yield run
+        finally:
+            with self._lock:
+                del self._runs[claim.claim_id]
+
+    @property
+    def busy(self) -> int:
+        return len(self._runs)
+
+    def interrupt_all(self, reason: str) -> None:
+        with self._lock:
+            for run in self._runs.values():
+                run.stop_reason = run.stop_reason or reason
+
+    def run(self) -> None:
+        while True:
+            self.beat()
+            if self._stopping.wait(self._interval):
+                return
+
+    def beat(self) -> None:
+        with self._lock:
+            runs = list(self._runs.values())
+        self.last_tick = time.monotonic()
+        try:
+            for run in runs:
+                verdict = self._store.renew(run.claim, run.progress)
+                if verdict != "ok" and not run.stop_reason:
+                    run.stop_reason = verdict
+                    log.info(
+                        "claim ended",
+                        extra={"action": f"claim_{verdict}", "fingerprint": run.claim.fingerprint},
+                    )
+            now = time.time()
+            self._store.report(
+                {**self._about(len(runs)), "heartbeat_at": now}, max(10, int(self._interval * 5))
+            )
+            self._on_beat(now)
+        except StoreUnavailable as exc:
+            log.warning("no heartbeat: %s", exc, extra={"action": "heartbeat_failed"})
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join(timeout=10)

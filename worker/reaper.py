@@ -1,0 +1,103 @@
+"""Repairs, from one thread of every worker process: leases that ended, bells that are missing, jobs
+that the store has lost, uploads that nobody needs, transcripts beyond the budget.
+
+Every step is idempotent, so any number of reapers may run, and none is needed in particular.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from itertools import islice
+
+from shared.errors import StoreUnavailable
+from shared.settings import Settings
+from shared.storage import Storage
+from worker.store import WorkerStore
+
+log = logging.getLogger(__name__)
+
+MAX_BELLS = 50  # at a time
+UNSUBMITTED_SECONDS = 10  # an API that has written a manifest submits it within this
+ABANDONED_SECONDS = 3600  # an upload of which nothing arrived for so long
+BATCH = 500
+
+
+class Reaper(threading.Thread):
+    """`on_clean(kind, count)` is told what was taken away (kinds: shared.metrics.CLEANED)."""
+
+    def __init__(
+        self,
+        store: WorkerStore,
+        storage: Storage,
+        settings: Settings,
+        on_clean: Callable[[str, int], None],
+    ):
+        super().__init__(name="reaper", daemon=True)
+        self._store = store
+        self._storage = storage
+        self._settings = settings
+        self._on_clean = on_clean
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.wait(self._settings.reap_interval_seconds):
+            try:
+                self.sweep()
+            except StoreUnavailable as exc:
+                log.warning("no sweep: %s", exc, extra={"action": "reap_failed"})
+            except Exception:
+                log.exception("the sweep failed", extra={"action": "reap_failed"})
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join(timeout=10)
+
+    def sweep(self) -> None:
+        self.take_back_leases()
+        self.reconcile_uploads()
+        evicted = self._store.evict(self._settings.result_cache_max_mb * 1024 * 1024)
+        self._on_clean("transcript", evicted)
+
+    def take_back_leases(self) -> None:
+        requeued, queued, ended = self._store.reap()
+        if requeued:
+            log.warning("leases ended", extra={"action": "leases_expired", "count": requeued})
+        for job_id in ended:
+            log.error("quarantined", extra={"action": "quarantined", "job_id": job_id})
+            self._remove(job_id, "upload")
+        missing = min(MAX_BELLS, queued - self._store.bells()) if queued else 0
+        if missing > 0:
+            self._store.ring(missing)
+
+    def reconcile_uploads(self) -> None:
+        """Compares the folders on disk with the store: what is unfinished must be known there."""
+        ids = self._storage.job_ids()
+        while batch := list(islice(ids, BATCH)):
+            for job_id, state in zip(batch, self._store.job_states(batch), strict=True):
+                if self._stopping.is_set():
+                    return
+                if state == "finished":
+                    self._remove(job_id, "upload")
+                elif state == "unknown":
+                    self._adopt(job_id)
+
+    def _adopt(self, job_id: str) -> None:
+        age_seconds = self._storage.age_seconds(job_id)
+        manifest = self._storage.manifest(job_id)
+        if manifest is None:
+            if age_seconds > ABANDONED_SECONDS:
+                self._remove(job_id, "abandoned_upload")
+        elif age_seconds > UNSUBMITTED_SECONDS:
+            outcome = self._store.resubmit(manifest)
+            log.warning(
+                "the store had lost a job",
+                extra={"action": "job_resubmitted", "job_id": job_id, "outcome": outcome},
+            )
+            if outcome == "hit":
+                self._remove(job_id, "upload")
+
+    def _remove(self, job_id: str, kind: str) -> None:
+        self._storage.remove(job_id)
+        self._on_clean(kind, 1)

@@ -1,0 +1,223 @@
+"""The worker's side of the job store: claim, renew, finish, release, and the reaper's verbs.
+
+Each verb is a Lua script of shared/lua. Synchronous, and safe to call from several threads.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+from uuid import uuid4
+
+from celery import Celery
+from redis import BlockingConnectionPool, Redis
+from redis.backoff import NoBackoff
+from redis.commands.core import Script
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from shared import keys
+from shared.broker import QUEUE_NAME, doorbell
+from shared.errors import HandbackLimit, ServiceError, StoreUnavailable, WorkerLost
+from shared.jobs import Claim
+from shared.scripts import has_script_flags, source
+from shared.settings import Settings
+from shared.storage import Manifest
+
+VERBS = ("claim", "renew", "finish", "release", "reap", "evict", "submit")
+
+
+class WorkerStore:
+    """Redis as a worker sees it. A connection error is StoreUnavailable, never a verdict."""
+
+    def __init__(self, settings: Settings, celery: Celery, worker_id: str):
+        self.worker_id = worker_id
+        self._settings = settings
+        self._celery = celery
+        self._redis = Redis(
+            connection_pool=BlockingConnectionPool.from_url(
+                settings.redis_url.get_secret_value(),
+                max_connections=settings.worker_slots + 4,
+                timeout=5,
+                socket_timeout=5,
+                socket_connect_timeout=2,
+                socket_keepalive=True,
+                decode_responses=True,
+                retry=Retry(NoBackoff(), 1),
+                client_name="whisper-worker-store",
+            )
+        )
+        self._scripts: dict[str, Script] = {}
+        self._loading = threading.Lock()
+
+    def claim(self) -> Claim | None:
+        """The transcription that should run next, now ours; None when nothing is queued."""
+        claim_id = str(uuid4())
+        reply = self._run("claim", claim_id, self.worker_id, self._settings.lease_ms)
+        return Claim.of(claim_id, reply) if reply else None
+
+    def renew(self, claim: Claim, progress: float) -> str:
+        """ok | cancelled | lost"""
+        reply = self._run(
+            "renew", claim.fingerprint, claim.claim_id, self._settings.lease_ms, f"{progress:.4f}"
+        )
+        return str(reply)
+
+    def complete(
+        self, claim: Claim, transcript: bytes, model: str, seconds: float
+    ) -> list[str] | None:
+        """The ids of the jobs that it ended; None: the claim was lost, nothing was written."""
+        return self._finish(claim, "completed", transcript, model, seconds, "", "")
+
+    def fail(self, claim: Claim, error: ServiceError) -> list[str] | None:
+        """Ends the transcription for good. Returns as `complete` does."""
+        model = self._settings.model_key
+        return self._finish(claim, "failed", b"", model, None, error.code, error.message)
+
+    def hand_back(self, claim: Claim) -> str:
+        """Gives it back without blame: requeued | failed | lost."""
+        error = HandbackLimit()
+        return self._release(claim, 0, self._settings.max_handbacks, error)[0]
+
+    def retry(self, claim: Claim, error: ServiceError) -> tuple[str, list[str]]:
+        """Gives it back, attempt counted: (requeued | failed | lost, jobs that it ended)."""
+        return self._release(claim, 1, self._settings.max_attempts, error)
+
+    def reap(self) -> tuple[int, int, list[str]]:
+        """(leases that had ended, length of the queue, jobs that were quarantined)."""
+        error = WorkerLost()
+        requeued, queued, ended = self._run(
+            "reap",
+            self._settings.max_attempts,
+            error.code,
+            error.message,
+            self._settings.retention_ms,
+            self._settings.grace_ms,
+        )
+        return requeued, queued, ended
+
+    def evict(self, max_bytes: int) -> int:
+        return int(self._run("evict", max_bytes))
+
+    def resubmit(self, manifest: Manifest) -> str:
+        """new | joined | hit | exists, as the API's own submit."""
+        outcome, _ = self._run(
+            "submit",
+            manifest.job_id,
+            manifest.fingerprint,
+            manifest.checksum,
+            manifest.options,
+            manifest.model,
+            self._settings.retention_ms,
+            self._settings.grace_ms,
+        )
+        return str(outcome)
+
+    def job_states(self, job_ids: Sequence[str]) -> list[str]:
+        """For each id: unknown | unfinished | finished."""
+        with _translated():
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipe.hmget(keys.job(job_id), ["fingerprint", "status"])
+            rows = pipe.execute()
+        return [
+            "unknown" if not fingerprint else "finished" if status else "unfinished"
+            for fingerprint, status in rows
+        ]
+
+    def ring(self, missing: int) -> None:
+        """Pushes so many bells."""
+        with _translated():
+            self._redis.lpush(QUEUE_NAME, *(doorbell(self._celery, "") for _ in range(missing)))
+
+    def bells(self) -> int:
+        """How many messages wait."""
+        with _translated():
+            return int(self._redis.llen(QUEUE_NAME))
+
+    def report(self, about: dict[str, Any], lifetime_seconds: int) -> None:
+        """Says that this worker lives; the report disappears unless it is repeated."""
+        with _translated():
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.set(keys.worker(self.worker_id), json.dumps(about), ex=lifetime_seconds)
+            pipe.zadd(keys.WORKERS, {self.worker_id: about["heartbeat_at"]})
+            pipe.zremrangebyscore(keys.WORKERS, 0, about["heartbeat_at"] - 3600)
+            pipe.execute()
+
+    def retire(self) -> None:
+        """Takes this worker's report away."""
+        with _translated():
+            self._redis.delete(keys.worker(self.worker_id))
+            self._redis.zrem(keys.WORKERS, self.worker_id)
+
+    def close(self) -> None:
+        self._redis.close()
+        self._redis.connection_pool.disconnect()
+
+    def _finish(
+        self,
+        claim: Claim,
+        status: str,
+        transcript: bytes,
+        model: str,
+        seconds: float | None,
+        code: str,
+        message: str,
+    ) -> list[str] | None:
+        reply = self._run(
+            "finish",
+            claim.fingerprint,
+            claim.claim_id,
+            status,
+            transcript,
+            model,
+            "" if seconds is None else f"{seconds:.3f}",
+            code,
+            message,
+            self._settings.retention_ms,
+            self._settings.grace_ms,
+        )
+        return reply[1] if reply[0] == "ok" else None
+
+    def _release(
+        self, claim: Claim, blame: int, limit: int, error: ServiceError
+    ) -> tuple[str, list[str]]:
+        reply = self._run(
+            "release",
+            claim.fingerprint,
+            claim.claim_id,
+            blame,
+            limit,
+            error.code,
+            error.message,
+            self._settings.retention_ms,
+            self._settings.grace_ms,
+        )
+        return reply[0], reply[1] if len(reply) > 1 else []
+
+    def _run(self, verb: str, *args: str | int | bytes) -> Any:
+        with _translated():
+            return self._script(verb)(args=list(args))
+
+    def _script(self, verb: str) -> Script:
+        with self._loading:
+            if not self._scripts:
+                version = cast("dict[str, str]", self._redis.info("server"))["redis_version"]
+                has_flags = has_script_flags(version)
+                self._scripts = {
+                    name: self._redis.register_script(source(name, has_flags=has_flags))
+                    for name in VERBS
+                }
+            return self._scripts[verb]
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Redis's errors as ours."""
+    try:
+        yield
+    except RedisError as exc:
+        raise StoreUnavailable(f"The job store does not answer: {exc}") from exc
