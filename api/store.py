@@ -148,7 +148,7 @@ class JobStore:
             reports = await self._redis.mget([keys.worker(i) for i in ids]) if ids else []
         except RedisError as exc:
             raise _unavailable(exc) from exc
-        age = now[0] + now[1] / 1e6 - oldest[0][1] / 1000 if oldest else 0.0
+        age = now[0] + now[1] / 1e6 - oldest[0][1] / 1e6 if oldest else 0.0
         return Snapshot(
             queued=queued,
             oldest_queued_seconds=max(0.0, age),

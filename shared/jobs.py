@@ -76,7 +76,7 @@ class Claim:
             checksum=record["checksum"],
             options=record["options"],
             attempt=int(record["attempts"]),
-            queued_at=datetime.fromtimestamp(int(record["queued_ms"]) / 1000, UTC),
+            queued_at=datetime.fromtimestamp(int(record["queued_us"]) / 1e6, UTC),
             holders=tuple(holders),
         )
 

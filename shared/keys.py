@@ -6,7 +6,7 @@ job:<job id>                          hash    retention + grace  one caller's cl
 transcription:<fingerprint>           hash    retention + grace  the unit of work behind jobs
 holders:<fingerprint>                 set     as transcription   ids of the jobs that hold it
 transcript:<fingerprint>              string  retention          the result, rendered JSON
-queue                                 zset    for ever           fingerprint -> queued at (ms)
+queue                                 zset    for ever           fingerprint -> queued at (us)
 leases                                zset    for ever           fingerprint -> lease end (ms)
 transcripts                           zset    for ever           fingerprint -> its end (ms)
 transcript_sizes                      hash    for ever           fingerprint -> bytes

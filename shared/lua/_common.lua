@@ -1,9 +1,13 @@
 -- Put before every script, after the key names of shared/keys.py.
--- Times are milliseconds since 1970 from Redis's own clock, never from a caller.
+-- Times are milliseconds (`_us`: microseconds) since 1970 from Redis's own clock, never from a caller.
+
+local function now_us()
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
 
 local function now_ms()
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
+  return math.floor(now_us() / 1000)
 end
 
 -- Lua writes large numbers as 1.7e+12; Redis and Python want digits.
@@ -48,7 +52,7 @@ local function requeue(fp)
   redis.call('ZREM', LEASES, fp)
   redis.call('HSET', transcription(fp), 'status', 'queued', 'progress', '0')
   redis.call('HDEL', transcription(fp), 'claim_id', 'worker', 'started_ms')
-  redis.call('ZADD', QUEUE, redis.call('HGET', transcription(fp), 'queued_ms'), fp)
+  redis.call('ZADD', QUEUE, redis.call('HGET', transcription(fp), 'queued_us'), fp)
 end
 
 -- Removes a transcript and its place in the cache's books.

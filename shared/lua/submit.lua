@@ -25,9 +25,10 @@ count('submit_' .. outcome)
 if outcome == 'new' then
   redis.call('DEL', transcription(fp), holders(fp))
   drop_transcript(fp)
+  local queued_us = digits(now_us())
   redis.call('HSET', transcription(fp), 'status', 'queued', 'checksum', ARGV[3], 'options', ARGV[4],
-    'model', ARGV[5], 'queued_ms', digits(now), 'attempts', '0', 'handbacks', '0', 'progress', '0')
-  redis.call('ZADD', QUEUE, digits(now), fp)
+    'model', ARGV[5], 'queued_us', queued_us, 'attempts', '0', 'handbacks', '0', 'progress', '0')
+  redis.call('ZADD', QUEUE, queued_us, fp)
 end
 redis.call('SADD', holders(fp), id)
 if outcome == 'hit' then
