@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
-from api import errors, jobs, monitoring, transcriptions
+from api import docs, errors, jobs, monitoring, transcriptions
 from api.dependencies import State
 from api.middleware import Observe
 from api.store import JobStore
@@ -22,7 +20,6 @@ from shared.storage import Storage
 
 log = logging.getLogger(__name__)
 
-STATIC = Path(__file__).parent / "static"
 DESCRIPTION = """Transcribes audio on your own machines: submit a recording, ask for its status, \
 get its transcript. Every error is `application/problem+json` with a stable `code`."""
 
@@ -59,14 +56,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(transcriptions.router)
     app.include_router(jobs.router)
     app.include_router(monitoring.router)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-    @app.get("/", include_in_schema=False)
-    async def home() -> RedirectResponse:
-        return RedirectResponse("/docs")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(STATIC / "docs.html")
-
+    app.include_router(docs.router)
+    app.mount("/static", StaticFiles(directory=docs.STATIC), name="static")
     return app

@@ -398,4 +398,3 @@ def shape(value):
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     return type(value).__name__
-

@@ -33,8 +33,10 @@ CONTAINERS = (
     "avi,au,ac3,eac3"
 )
 # Containers whose header states a length that can be believed; elsewhere FFmpeg estimates it.
-STATED_DURATION = {"wav", "w64", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "aiff", "caf"}
+STATED_DURATION = {"w64", "mp3", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "aiff", "caf"}
 MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
+RIFF_OPEN_SIZE = 0x7FFFF000
+HEAD_BYTES = 64 * 1024
 TRUNCATED_BELOW = 0.95  # of the stated duration
 TRUNCATED_SLACK_SECONDS = 0.5
 
@@ -135,14 +137,30 @@ def _frames(container: InputContainer) -> Iterator[AudioFrame]:
 def _stated_seconds(container: InputContainer, path: Path) -> float | None:
     """What the header says of the length; None where it says nothing that can be believed."""
     name = container.format.name
-    if name == "mp3":
-        with path.open("rb") as file:
-            head = file.read(64 * 1024)
-        if not any(tag in head for tag in MP3_LENGTH_TAGS):
-            return None
-    elif name not in STATED_DURATION:
-        return None
     stream = container.streams.audio[0]
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if name == "wav":
+        return _stated_by_riff(head)
+    if name == "mp3" and not any(tag in head for tag in MP3_LENGTH_TAGS):
+        return None
+    if name not in STATED_DURATION:
+        return None
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     return container.duration / av.time_base if container.duration else None
+
+
+def _stated_by_riff(head: bytes) -> float | None:
+    """A WAV's own statement; FFmpeg quietly replaces it by what the file holds. Programs that write
+    to a pipe leave it 0 or at its maximum."""
+    place, bytes_per_second = 12, 0
+    while place + 8 <= len(head):
+        kind, size = head[place : place + 4], int.from_bytes(head[place + 4 : place + 8], "little")
+        if kind == b"fmt ":
+            bytes_per_second = int.from_bytes(head[place + 16 : place + 20], "little")
+        if kind == b"data":
+            is_open = size == 0 or size >= RIFF_OPEN_SIZE
+            return None if is_open or not bytes_per_second else size / bytes_per_second
+        place += 8 + size + size % 2
+    return None

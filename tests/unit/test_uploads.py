@@ -1,0 +1,112 @@
+"""The upload parser: any order, any chunking, any size; and nothing strange gets through."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from api.uploads import FORM_OVERHEAD_BYTES, MAX_FIELD_BYTES, receive
+from shared.errors import (
+    EmptyFile,
+    FileTooLarge,
+    InvalidField,
+    MalformedUpload,
+    MissingFile,
+    NotAudio,
+    ServiceError,
+)
+
+TYPE = "multipart/form-data; boundary=xyz"
+AUDIO = bytes(range(256)) * 20
+
+
+def part(name: str, content: bytes, filename: str | None = None) -> bytes:
+    tail = f'; filename="{filename}"' if filename is not None else ""
+    head = f'--xyz\r\nContent-Disposition: form-data; name="{name}"{tail}\r\n\r\n'
+    return head.encode() + content + b"\r\n"
+
+
+def form(*parts: bytes) -> bytes:
+    return b"".join(parts) + b"--xyz--\r\n"
+
+
+async def send(body: bytes, tmp_path, *, step: int = 65_536, limit: int = 10**7, kind: str = TYPE):
+    async def stream():
+        for start in range(0, len(body), step):
+            yield body[start : start + step]
+
+    path = tmp_path / "audio.part"
+    path.unlink(missing_ok=True)
+    return await receive(stream(), kind, path, limit), path
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000, 10**6])
+async def test_fields_may_come_before_or_after_the_file(tmp_path, step):
+    """However the network cuts the body."""
+    file = part("file", AUDIO, "a.mp3")
+    before = form(part("language", b"en"), part("vad_filter", b"true"), file)
+    after = form(file, part("language", b"en"), part("vad_filter", b"true"))
+    for body in (before, after):
+        upload, path = await send(body, tmp_path, step=step)
+        assert upload.fields == {"language": "en", "vad_filter": "true"}
+        assert path.read_bytes() == AUDIO
+        assert upload.checksum == hashlib.sha256(AUDIO).hexdigest()
+        assert upload.size_bytes == len(AUDIO)
+
+
+async def test_a_file_that_holds_the_boundary_s_beginning_arrives_whole(tmp_path):
+    tricky = b"\x00\r\n--xy\r\n--\r\n" * 1000
+    _, path = await send(form(part("file", tricky, "a.wav")), tmp_path, step=3)
+    assert path.read_bytes() == tricky
+
+
+async def test_the_limit_counts_bytes_and_not_what_was_announced(tmp_path):
+    assert (await send(form(part("file", AUDIO, "a")), tmp_path, limit=len(AUDIO)))[0]
+    with pytest.raises(FileTooLarge):
+        await send(form(part("file", AUDIO, "a")), tmp_path, limit=len(AUDIO) - 1)
+
+
+FILE = part("file", AUDIO, "a")
+BAD = {
+    "no file": (form(part("language", b"en")), MissingFile),
+    "the file as text": (form(part("file", b"abc")), MissingFile),
+    "an empty file": (form(part("file", b"", "a.mp3")), EmptyFile),
+    "a playlist": (form(part("file", b"#EXTM3U\n/etc/passwd\n", "a.mp3")), NotAudio),
+    "a long text": (form(part("file", b"ffconcat version 1.0\n" * 500, "a.mp3")), NotAudio),
+    "two files": (form(FILE, FILE), InvalidField),
+    "a field twice": (form(FILE, part("task", b"a"), part("task", b"b")), InvalidField),
+    "a huge field": (form(part("task", b"a" * (MAX_FIELD_BYTES + 1)), FILE), InvalidField),
+    "a field that is no text": (form(part("task", b"\xff\xfe"), FILE), InvalidField),
+    "a thousand fields": (form(*(part(f"f{i}", b"1") for i in range(1000))), MalformedUpload),
+    "a body that ends early": (FILE[:-1000], MalformedUpload),
+    "no closing boundary": (FILE, MalformedUpload),
+    "another boundary": (form(FILE).replace(b"xyz", b"abc"), MalformedUpload),
+    "an empty body": (b"", MalformedUpload),
+    "a part without a name": (b"--xyz\r\nA: b\r\n\r\nc\r\n--xyz--\r\n", MalformedUpload),
+    "garbage": (AUDIO, MalformedUpload),
+    "endless headers": (b"--xyz\r\n" + b"A: b\r\n" * 10_000, MalformedUpload),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+async def test_bad_forms_are_refused_with_their_own_error(tmp_path, what):
+    body, error = BAD[what]
+    for step in (13, 10**6):
+        with pytest.raises(error) as caught:
+            await send(body, tmp_path, step=step)
+        assert isinstance(caught.value, ServiceError)
+        assert caught.value.message
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "application/json", "multipart/form-data", "multipart/form-data; boundary="]
+)
+async def test_a_body_of_another_type_is_refused(tmp_path, kind):
+    with pytest.raises(MalformedUpload):
+        await send(form(FILE), tmp_path, kind=kind)
+
+
+def test_a_full_form_fits_its_allowance():
+    """A request is refused by its announced length only when no legal form is so long."""
+    assert FORM_OVERHEAD_BYTES > 40 * MAX_FIELD_BYTES
