@@ -65,7 +65,7 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready", summary="Can this replica accept a job?")
 async def ready(request: Request) -> dict[str, str]:
     state = state_of(request)
-    await state.store.ping()
+    await state.store.admit()
     if state.storage.free_bytes() < state.settings.min_free_disk_bytes:
         raise StorageFull
     return {"status": "ok"}

@@ -17,11 +17,11 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ConnectionError, RedisError, ResponseError
 
 from shared import keys
 from shared.broker import QUEUE_NAME, doorbell
-from shared.errors import JobExpired, JobNotFound, StoreUnavailable
+from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable
 from shared.jobs import Job
 from shared.scripts import has_script_flags, source
 from shared.settings import Settings
@@ -31,13 +31,15 @@ log = logging.getLogger(__name__)
 
 VERBS = ("submit", "read", "cancel", "erase")
 RETRY_AFTER_SECONDS = 5
+FULL_RETRY_AFTER_SECONDS = 30
+ADMIT_BELOW = 0.75  # of maxmemory
 
 
 @dataclass(frozen=True)
 class Submission:
     """What submit found."""
 
-    outcome: str  # new | joined | hit | exists
+    outcome: str  # new | joined | hit
     leader: str  # id of a job that holds the same input; '' if none
 
 
@@ -66,11 +68,11 @@ class JobStore:
             settings.redis_url.get_secret_value(),
             max_connections=32,
             timeout=3,
-            socket_timeout=3,
+            socket_timeout=2,
             socket_connect_timeout=1,
             health_check_interval=15,
             decode_responses=True,
-            retry=Retry(NoBackoff(), 1),
+            retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
             client_name="whisper-api",
         )
         self._redis = Redis(connection_pool=self._pool)
@@ -80,12 +82,15 @@ class JobStore:
         await self._redis.aclose()
         await self._pool.disconnect()
 
-    async def ping(self) -> None:
-        """Raises StoreUnavailable unless Redis answers, accepts writes and is done loading."""
+    async def admit(self) -> None:
+        """Raises StoreUnavailable unless Redis answers, StoreFull unless it has room to spare: what
+        runs must still be able to finish."""
         try:
-            await self._redis.ping()
+            memory = await self._redis.info("memory")
         except RedisError as exc:
             raise _unavailable(exc) from exc
+        if memory["used_memory"] > memory["maxmemory"] * ADMIT_BELOW > 0:
+            raise StoreFull(retry_after_seconds=FULL_RETRY_AFTER_SECONDS)
 
     async def submit(self, manifest: Manifest) -> Submission:
         """Queues, joins or answers from the cache, in one step; then rings for a worker."""
@@ -99,6 +104,8 @@ class JobStore:
             self._settings.retention_ms,
             self._settings.grace_ms,
         )
+        if outcome == "exists":
+            outcome = "new"  # a reaper found the manifest first, and submitted it for us
         if outcome == "new":
             await self._ring(manifest.fingerprint)
         return Submission(outcome, leader)

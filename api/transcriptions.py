@@ -92,7 +92,7 @@ async def accept(request: Request, state: State) -> JobAccepted:
         raise too_large(settings.max_file_size_bytes)
     if storage.free_bytes() - announced_bytes < settings.min_free_disk_bytes:
         raise StorageFull
-    await state.store.ping()
+    await state.store.admit()
 
     job_id = str(uuid4())
     is_kept = False

@@ -9,11 +9,12 @@ ServiceError
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
 │   ├── StoreUnavailable      Redis does not answer
+│   ├── StoreFull             Redis has no memory to spare
 │   └── StorageFull           no room for the upload
 ├── MediaError                the file can't be transcribed, however often it is tried
 │   └── UnreadableMedia, NoAudioStream, TruncatedMedia, AudioTooLong, AudioTooShort
 ├── TranscriptionError        the work failed on our side
-│   └── WorkerLost, InputMissing, EngineFailure
+│   └── WorkerLost, InputMissing, EngineFailure, HandbackLimit
 └── ModelUnavailable, InvalidSettings               ends start-up with one sentence
 
 The class docstring is the default message; `code` is the stable name that clients switch on.
@@ -129,6 +130,12 @@ class StoreUnavailable(Unavailable):
     """The job store does not answer; nothing was accepted or changed. Try again shortly."""
 
     code = "store_unavailable"
+
+
+class StoreFull(Unavailable):
+    """The job store has no memory left for new jobs; those it has are safe. Try again later."""
+
+    code = "store_full"
 
 
 class StorageFull(Unavailable):

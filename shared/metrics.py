@@ -28,6 +28,7 @@ REJECTIONS = {
     "malformed_upload": "invalid",
     "invalid_field": "invalid",
     "store_unavailable": "unavailable",
+    "store_full": "unavailable",
     "storage_full": "unavailable",
 }
 OUTCOMES = {"new": "miss", "joined": "joined", "hit": "hit"}

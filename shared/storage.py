@@ -40,7 +40,7 @@ class Storage:
 
     def __init__(self, data_dir: Path):
         self.root = data_dir / "uploads"
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def folder(self, job_id: str) -> Path:
         """Raises ValueError unless `job_id` is a UUID, so no path leaves the root."""

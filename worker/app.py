@@ -15,6 +15,7 @@ from celery.signals import worker_shutting_down
 
 from shared import metrics
 from shared.broker import QUEUE_NAME, TASK_NAME, celery_app
+from shared.errors import InvalidSettings
 from shared.settings import Settings, parse_cpus
 from shared.storage import Storage
 from worker import health
@@ -31,9 +32,10 @@ HANDBACK_SECONDS = 15  # after the drain: what a segment may take until it sees 
 
 
 def run(settings: Settings) -> int:
-    """Serves until told to stop. Returns the exit status. Raises ModelUnavailable, OSError."""
+    """Serves until told to stop. Returns the exit status. Raises ModelUnavailable,
+    InvalidSettings, OSError."""
     if settings.worker_cpus:
-        os.sched_setaffinity(0, parse_cpus(settings.worker_cpus))
+        pin(parse_cpus(settings.worker_cpus))
     loaded = model.load(settings)
     log.info(
         "model is warm",
@@ -92,6 +94,16 @@ def run(settings: Settings) -> int:
             store.retire()
         finally:
             store.close()
+
+
+def pin(cpus: frozenset[int]) -> None:
+    """Keeps this process on some cores. Raises InvalidSettings where that can't be."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except (AttributeError, OSError, ValueError) as exc:
+        raise InvalidSettings(
+            f"WORKER_CPUS={','.join(map(str, sorted(cpus)))} can't be had on this machine: {exc}"
+        ) from exc
 
 
 def serve(celery: Celery, service: Service) -> int:

@@ -172,7 +172,8 @@ def interrupted(service: Service, claim: Claim, reason: str) -> str:
     log.info("stopped", extra={"action": f"stopped_{reason}"})
     if reason != "drain":
         return reason
-    return "released" if service.store.hand_back(claim) == "requeued" else "lost"
+    outcome = commit(service, lambda: service.store.hand_back(claim))
+    return "released" if outcome == "requeued" else "lost"
 
 
 def commit(

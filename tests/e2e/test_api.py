@@ -131,7 +131,10 @@ def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, clie
         assert problem(answer)[0] == status, what
     wrong = refused["wrong value"][0].json()
     assert wrong["errors"] == [
-        {"field": "language", "message": "'xx' is no language that Whisper knows; use a code like 'en'"}
+        {
+            "field": "language",
+            "message": "'xx' is no language that Whisper knows; use a code like 'en'",
+        }
     ]
     assert refused["unknown field"][0].json()["errors"][0]["field"] == "langauge"
     assert leftovers(service) == []
@@ -305,8 +308,8 @@ def test_health_and_stats_tell_the_truth(service, client):
 def test_a_request_keeps_the_id_that_a_proxy_gave_it(client):
     known = client.http.get("/health", headers={"X-Request-ID": "abc-123"})
     assert known.headers["x-request-id"] == "abc-123"
-    strange = client.http.get("/health", headers={"X-Request-ID": "a b\x7f"})
-    assert strange.headers["x-request-id"] != "a b\x7f"
+    strange = client.http.get("/health", headers={"X-Request-ID": "a b;c"})
+    assert strange.headers["x-request-id"] != "a b;c"
 
 
 def test_a_result_that_is_not_ready_says_when_to_ask_again(start, tmp_path):

@@ -12,7 +12,7 @@ import pytest_asyncio
 from api.store import JobStore
 from shared import keys
 from shared.broker import QUEUE_NAME, TASK_NAME, celery_app, doorbell
-from shared.errors import JobExpired, JobNotFound, StoreUnavailable, UnreadableMedia
+from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable, UnreadableMedia
 from shared.jobs import Claim, JobStatus
 from shared.options import TranscriptionOptions, fingerprint
 from shared.scripts import source
@@ -359,6 +359,8 @@ async def test_work_that_is_done_can_be_saved_above_maxmemory(store, worker, set
     before = raw.config_get("maxmemory")["maxmemory"]
     raw.config_set("maxmemory", 1)
     try:
+        with pytest.raises(StoreFull):
+            await store.admit()
         with pytest.raises(StoreUnavailable):
             await store.submit(manifest(settings, "b"))
         assert worker.renew(claim, 0.5) == "ok"
@@ -371,7 +373,7 @@ async def test_a_store_that_is_away_is_an_error_of_ours(settings):
     """No answer, no exception of a library: StoreUnavailable, with a time to come back."""
     away = replace_url(settings, f"redis://127.0.0.1:{free_port()}/0")
     store = JobStore(away, celery_app("redis://127.0.0.1:1/0"))
-    for call in (store.ping(), store.read(str(uuid4())), store.snapshot(), store.cancel("x")):
+    for call in (store.admit(), store.read(str(uuid4())), store.snapshot(), store.cancel("x")):
         with pytest.raises(StoreUnavailable) as caught:
             await call
         assert caught.value.retry_after_seconds

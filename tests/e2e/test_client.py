@@ -1,0 +1,186 @@
+"""example_client.py against the whole service: the snippet, the command, and what goes wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import srt
+
+from example_client import (
+    AsyncWhisperClient,
+    JobCancelled,
+    JobFailed,
+    JobTimeout,
+    NotFound,
+    RequestRejected,
+    WhisperClient,
+)
+from tests.conftest import FOX, FOX_WORDS, ROOT
+from tests.e2e.conftest import completed_runs, variant
+from tests.e2e.test_failures import EXACT, long_file
+
+SNIPPET = """
+    from example_client import WhisperClient
+
+    client = WhisperClient("http://localhost")
+
+    # Transcribe and wait for result
+    result = client.transcribe_file(
+        "audio.mp3",
+        vad_filter=True,
+        language="en"
+    )
+
+    print(f"Text: {result['text']}")
+    print(f"Language: {result['language']}")
+    print(f"Duration: {result['duration']}s")
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def run_python(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "NO_PROXY": "*"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_python_snippet_of_the_readme_works(service, tmp_path):
+    code = textwrap.dedent(SNIPPET).replace("http://localhost", service.base_url)
+    (tmp_path / "audio.mp3").write_bytes(FOX.read_bytes())
+    done = run_python("-W", "error", "-c", code, cwd=tmp_path)
+    assert done.stderr == ""
+    text, language, duration = done.stdout.splitlines()
+    assert (text, language) == (f"Text: {FOX_WORDS}", "Language: en")
+    assert duration.startswith("Duration: 3.")
+
+
+def test_the_command_prints_the_transcript_in_each_format(service):
+    url = ["--url", service.base_url, str(FOX)]
+    assert run_python("example_client.py", *url).stdout == FOX_WORDS + "\n"
+    (cue, *_) = srt.parse(run_python("example_client.py", "--format", "srt", *url).stdout)
+    assert cue.content == FOX_WORDS
+    for format in ("vtt", "tsv", "json", "verbose_json"):
+        done = run_python("example_client.py", "--format", format, *url)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert FOX_WORDS in done.stdout
+
+
+async def test_both_clients_return_the_same_result(service, tmp_path):
+    path = variant(tmp_path / "a.wav", 501)
+    seen = []
+    async with AsyncWhisperClient(service.base_url) as client:
+        awaited = await client.transcribe_file(path, on_progress=seen.append, temperature=[0, 0.4])
+        assert (await client.health())["status"] == "ok"
+    with WhisperClient(service.base_url) as client:
+        result = client.transcribe_file(path, temperature=[0, 0.4])
+        assert client.submit(path, temperature=[0, 0.4])["deduplicated"] is True
+    assert result["text"] == awaited["text"] == FOX_WORDS
+    assert result["segments"] == awaited["segments"]
+    assert seen[-1]["status"] == "completed"
+
+
+def test_a_repeated_upload_is_transcribed_once(service, tmp_path):
+    """What makes retries of an upload safe."""
+    path = variant(tmp_path / "a.wav", 502)
+    before = completed_runs(service)
+    with WhisperClient(service.base_url) as client:
+        jobs = [client.submit(path)["job_id"] for _ in range(3)]
+        for job_id in jobs:
+            client.wait(job_id, deadline=60)
+    assert completed_runs(service) == before + 1
+
+
+def test_a_refused_request_says_why(service, tmp_path):
+    with WhisperClient(service.base_url) as client:
+        with pytest.raises(RequestRejected) as caught:
+            client.submit(FOX, language="klingon", beam=3)
+        assert caught.value.code == "invalid_field"
+        assert {e["field"] for e in caught.value.errors} == {"language", "beam"}
+        text = tmp_path / "notes.txt"
+        text.write_text("This is no recording." * 100)
+        with pytest.raises(RequestRejected) as caught:
+            client.submit(text)
+        assert (caught.value.status, caught.value.code) == (415, "unsupported_media")
+        with pytest.raises(NotFound):
+            client.status("00000000-0000-4000-8000-000000000000")
+    done = run_python("example_client.py", "--url", service.base_url, str(text))
+    assert done.returncode == 2
+    assert "unsupported_media" in done.stderr
+
+
+def test_a_damaged_file_is_a_failed_job(service, tmp_path):
+    damaged = tmp_path / "damaged.mp3"
+    damaged.write_bytes(b"ID3\x04\x00" + bytes(range(256)) * 40)
+    with WhisperClient(service.base_url) as client:
+        with pytest.raises(JobFailed) as waited:
+            client.transcribe_file(damaged, deadline=60)
+        with pytest.raises(JobFailed) as asked:
+            client.result(waited.value.job_id)
+    assert waited.value.code == asked.value.code
+    assert waited.value.message == asked.value.message
+    done = run_python("example_client.py", "--url", service.base_url, str(damaged))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert waited.value.message in done.stderr
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_has_arrived(start, tmp_path):
+    """The server answers after the headers and closes; the answer must reach the caller."""
+    service, _ = start(max_file_size_mb="1")
+    big = tmp_path / "big.wav"
+    with big.open("wb") as file:
+        file.truncate(200 * 1024 * 1024)
+    with WhisperClient(service.base_url) as client:
+        for _ in range(5):
+            with pytest.raises(RequestRejected, match="larger than 1 MB") as caught:
+                client.submit(big)
+            assert (caught.value.status, caught.value.code) == (413, "file_too_large")
+
+
+def test_a_job_can_time_out_be_waited_for_again_and_be_cancelled(start, tmp_path):
+    service, _ = start()
+    path = long_file(tmp_path / "long.wav", repeats=200)
+    with WhisperClient(service.base_url) as client:
+        with pytest.raises(JobTimeout) as caught:
+            client.transcribe_file(path, deadline=2, poll_interval=0.1, **EXACT)
+        job_id = caught.value.job_id
+        assert client.status(job_id)["status"] in {"queued", "processing"}
+        with pytest.raises(RequestRejected, match="result_not_ready"):
+            client.result(job_id)
+        assert client.cancel(job_id)["status"] == "cancelled"
+        for ask in (client.wait, client.result):
+            with pytest.raises(JobCancelled):
+                ask(job_id)
+
+
+def test_waiting_outlives_a_restart_of_the_api(start, tmp_path):
+    service, _ = start()
+    path = long_file(tmp_path / "long.wav", repeats=20)
+    seen: list[str] = []
+    is_polling = threading.Event()
+
+    def on_progress(status):
+        seen.append(status["status"])
+        if not is_polling.is_set():
+            is_polling.set()
+            service.kill("API")
+            service.popen("API").wait(10)
+            service.restart("API")
+
+    with WhisperClient(service.base_url, max_retries=0) as client:
+        result = client.transcribe_file(path, on_progress=on_progress, deadline=120, **EXACT)
+    assert result["text"].startswith(FOX_WORDS)
+    assert seen[-1] == "completed"

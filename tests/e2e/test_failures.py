@@ -1,0 +1,321 @@
+"""What breaks, and that nothing is lost or done twice: real processes, real signals, real Redis."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import wave
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+
+from tests.conftest import FOX, FOX_WORDS, wait_until
+from tests.e2e.conftest import (
+    Client,
+    completed_runs,
+    leftovers,
+    metric,
+    variant,
+    worker_metric,
+)
+from tests.model.media import samples_of
+
+EXACT = {"temperature": "0", "vad_filter": "false", "language": "en"}
+LEASE_SECONDS = 4
+RECOVERY_SECONDS = LEASE_SECONDS + 30
+
+
+def long_file(path: Path, repeats: int = 60) -> Path:
+    """Some minutes of the sample, so that there is time to break something meanwhile."""
+    once = np.concatenate([samples_of(FOX), np.zeros(8_000, np.int16)])
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(np.tile(once, repeats).tobytes())
+    return path
+
+
+def is_running(client: Client, job_id: str) -> bool:
+    status = client.status(job_id)
+    assert status["status"] in {"queued", "processing"}, status
+    return bool(status["progress"] > 0)
+
+
+@pytest.fixture
+def begun(start, tmp_path):
+    """A service with a job that is under way: (service, client, job id)."""
+
+    def begin(**environment: str):
+        service, client = start(**environment)
+        job = client.submit(long_file(tmp_path / "long.wav"), **EXACT)
+        wait_until(lambda: is_running(client, job["job_id"]), 60, "it is under way")
+        return service, client, job["job_id"]
+
+    return begin
+
+
+def test_a_killed_worker_s_job_completes_after_its_restart(begun, tmp_path):
+    """kill -9 in the middle: done once, within 30 s of the lease's end, by a new process."""
+    service, client, job_id = begun()
+    service.kill("worker")
+    service.popen("worker").wait(10)
+    service.restart("worker")
+    status = client.wait(job_id, within=RECOVERY_SECONDS + 30)
+    assert status["attempts"] == 2
+    assert client.stats()["transcriptions"]["completed"] == 1
+    wait_until(lambda: leftovers(service) == [], 10, "the upload is gone")
+    again = client.submit(tmp_path / "long.wav", **EXACT)
+    assert again["status"] == "completed", "and its transcript is kept"
+
+
+def test_a_killed_worker_s_job_completes_on_another_worker(begun):
+    service, client, job_id = begun()
+    other = service.add_worker()
+    service.wait_ready(60, other)
+    service.kill("worker")
+    client.wait(job_id, within=RECOVERY_SECONDS + 30)
+    assert completed_runs(service, other) == 1
+
+
+def test_a_frozen_worker_commits_nothing(begun):
+    """SIGSTOP past the lease: another worker does the job, and the late one is refused."""
+    service, client, job_id = begun()
+    service.kill("worker", signal.SIGSTOP)
+    other = service.add_worker()
+    service.wait_ready(60, other)
+    client.wait(job_id, within=RECOVERY_SECONDS + 30)
+    text = client.text(job_id)
+    service.kill("worker", signal.SIGCONT)
+
+    def given_up() -> bool:
+        return worker_metric(service, "worker", "whisper_jobs_total", status="lost") == 1
+
+    wait_until(given_up, 60, "the late worker gives up")
+    assert completed_runs(service, "worker") == 0
+    assert client.text(job_id) == text
+    assert client.stats()["transcriptions"]["completed"] == 1
+
+
+def test_a_killed_redis_loses_nothing(begun, tmp_path):
+    """kill -9 of Redis: what ran and what waited completes after its restart, each once."""
+    service, client, job_id = begun()
+    waiting = client.submit(variant(tmp_path / "w.wav", 1), language="en")["job_id"]
+    wait_until(lambda: _is_on_disk(service), 5, "the append-only file is written each second")
+    service.kill("Redis")
+    service.popen("Redis").wait(10)
+    answer = client.http.post("/transcribe", files={"file": ("a.wav", FOX.read_bytes())})
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+    for path in (f"/status/{job_id}", f"/result/{job_id}", "/health", "/stats", "/health/ready"):
+        assert client.http.get(path).status_code == 503, path
+    assert client.http.get("/health/live").status_code == 200
+    assert metric(client.http.get("/metrics").text, "whisper_store_up") == 0
+    service.restart("Redis")
+    for job in (job_id, waiting):
+        client.wait(job, within=RECOVERY_SECONDS + 60)
+    assert client.text(waiting) == FOX_WORDS
+    assert client.stats()["transcriptions"]["completed"] == 2
+    wait_until(lambda: leftovers(service) == [], 15, "nothing is left behind")
+
+
+def _is_on_disk(service) -> bool:
+    folder = service.settings.data_dir / "redis"
+    return any(path.stat().st_size for path in folder.rglob("*.aof"))
+
+
+def test_an_emptied_redis_loses_no_accepted_job(begun, raw_of, tmp_path):
+    """FLUSHALL: manifests bring back what ran and what waited; the old claim writes nothing."""
+    service, client, job_id = begun()
+    waiting = [client.submit(variant(tmp_path / f"{n}.wav", n))["job_id"] for n in range(5)]
+    raw_of(service).flushall()
+    for job in (job_id, *waiting):
+        _wait_through_404(client, job, RECOVERY_SECONDS + 60)
+    assert [client.text(job) for job in waiting] == [FOX_WORDS] * 5
+    assert client.stats()["transcriptions"]["completed"] == 6
+    wait_until(lambda: leftovers(service) == [], 15, "nothing is left behind")
+
+
+def _wait_through_404(client: Client, job_id: str, within: float) -> None:
+    """Between the loss and its repair the id is unknown."""
+    wait_until(lambda: client.status(job_id).get("status") == "completed", within, job_id)
+
+
+def test_finished_work_survives_a_redis_that_is_away(begun):
+    """The worker ends while Redis is dead: its transcript is saved and committed later, not made
+    again."""
+    service, client, job_id = begun()
+    service.kill("Redis")
+    service.popen("Redis").wait(10)
+    uploads = service.settings.data_dir / "uploads"
+    wait_until(lambda: list(uploads.glob("*/transcript.json")), 90, "the work is saved")
+    service.restart("Redis")
+    client.wait(job_id, within=RECOVERY_SECONDS)
+    assert worker_metric(service, "worker", "whisper_audio_duration_seconds_count") == 1
+    wait_until(lambda: leftovers(service) == [], 15, "nothing is left behind")
+
+
+def test_a_stopping_worker_hands_its_job_back(begun):
+    """SIGTERM: what does not end in DRAIN_SECONDS is given back, and no attempt is burnt."""
+    service, client, job_id = begun()
+    service.kill("worker", signal.SIGTERM)
+    assert service.popen("worker").wait(30) == 0
+    status = client.status(job_id)
+    assert (status["status"], status["attempts"]) == ("queued", 0)
+    service.restart("worker")
+    assert client.wait(job_id, within=60)["attempts"] == 1
+
+
+def test_a_stopping_worker_ends_what_it_can(start, tmp_path):
+    """Work that fits the drain is done before the worker leaves."""
+    service, client = start(drain_seconds="60")
+    job = client.submit(long_file(tmp_path / "long.wav", 12), **EXACT)
+    wait_until(lambda: client.status(job["job_id"])["status"] == "processing", 30)
+    service.kill("worker", signal.SIGTERM)
+    assert service.popen("worker").wait(60) == 0
+    assert client.status(job["job_id"])["status"] == "completed"
+
+
+def test_cancelling_stops_the_work_within_a_segment(begun):
+    """The worker is free for the next job, and the upload is gone."""
+    service, client, job_id = begun()
+    assert client.http.delete(f"/jobs/{job_id}").json()["status"] == "cancelled"
+    assert client.status(job_id)["status"] == "cancelled"
+    assert leftovers(service) == []
+
+    def stopped() -> bool:
+        return worker_metric(service, "worker", "whisper_jobs_total", status="cancelled") == 1
+
+    wait_until(stopped, 30, "the worker notices")
+    client.wait(client.submit()["job_id"])
+
+
+def test_a_killed_api_loses_no_accepted_job(start, tmp_path):
+    """What was answered with 202 completes."""
+    service, client = start()
+    jobs = [client.submit(variant(tmp_path / f"{n}.wav", n))["job_id"] for n in range(3)]
+    service.kill("API")
+    service.popen("API").wait(10)
+    service.restart("API")
+    service.wait_ready(30, "API")
+    for job in jobs:
+        client.wait(job)
+        assert client.text(job) == FOX_WORDS
+
+
+def test_a_lost_bell_only_delays(start, raw_of):
+    """The broker's list is emptied: the reaper rings again."""
+    service, client = start()
+    service.kill("worker", signal.SIGSTOP)
+    job = client.submit()
+    raw_of(service).delete("transcriptions")
+    service.kill("worker", signal.SIGCONT)
+    client.wait(job["job_id"], within=20)
+
+
+def test_repeated_bells_change_nothing(start, raw_of):
+    """A message that arrives five times costs four looks at an empty queue."""
+    service, client = start()
+    service.kill("worker", signal.SIGSTOP)
+    job = client.submit()
+    raw = raw_of(service)
+    bells = raw.lrange("transcriptions", 0, -1)
+    raw.lpush("transcriptions", *bells * 4)
+    service.kill("worker", signal.SIGCONT)
+    client.wait(job["job_id"], within=20)
+    wait_until(lambda: raw.llen("transcriptions") == 0, 10)
+    assert completed_runs(service) == 1
+
+
+def test_two_workers_share_the_work(start, tmp_path):
+    service, client = start()
+    other = service.add_worker()
+    service.wait_ready(60, other)
+    jobs = [client.submit(variant(tmp_path / f"{n}.wav", n))["job_id"] for n in range(12)]
+    for job in jobs:
+        client.wait(job)
+    runs = [completed_runs(service, name) for name in ("worker", other)]
+    assert sum(runs) == 12
+    assert all(runs), runs
+
+
+def test_several_api_processes_count_as_one(start, tmp_path):
+    """WORKERS=2: the metrics are those of both, whoever answers, also after one is killed."""
+    service, _ = start(workers="2")
+    for number in range(6):
+        path = variant(tmp_path / "a.wav", number)
+        with (
+            httpx2.Client(base_url=service.base_url, trust_env=False) as fresh,
+            path.open("rb") as f,
+        ):
+            assert fresh.post("/transcribe", files={"file": f}).status_code == 202
+    for _ in range(4):
+        with httpx2.Client(base_url=service.base_url, trust_env=False) as fresh:
+            page = fresh.get("/metrics").text
+        assert metric(page, "whisper_jobs_submitted_total") == 6
+        assert metric(page, "http_requests_in_progress") == 1
+    children = _children(service.popen("API").pid)
+    victim = next(pid for pid in children if "spawn_main" in _command(pid))
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+
+    def swept() -> bool:
+        try:
+            page = httpx2.get(service.base_url + "/metrics", trust_env=False).text
+        except httpx2.TransportError:
+            return False
+        return metric(page, "http_requests_in_progress") == 1
+
+    wait_until(swept, 30, "a dead process is no longer counted")
+    page = httpx2.get(service.base_url + "/metrics", trust_env=False).text
+    assert metric(page, "whisper_jobs_submitted_total") == 6
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+        pytest.skip("making a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_507_and_leaves_nothing(small_disk, start, tmp_path):
+    """Whether it is seen before or while the upload is written; then the service goes on."""
+    service, client = start(data_dir=str(small_disk), min_free_disk_mb="0")
+    big = tmp_path / "big.wav"
+    big.write_bytes(bytes(range(256)) * 4096 * 40)  # 40 MB
+
+    def in_pieces():
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        with big.open("rb") as file:
+            while block := file.read(65_536):
+                yield block
+        yield b"\r\n--x--\r\n"
+
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    with big.open("rb") as file:
+        answer = client.http.post("/transcribe", files={"file": file})
+    assert (answer.status_code, answer.json()["code"]) == (507, "storage_full")
+    assert int(answer.headers["retry-after"]) > 0
+    try:
+        answer = client.http.post("/transcribe", content=in_pieces(), headers=kind)
+        assert (answer.status_code, answer.json()["code"]) == (507, "storage_full")
+    except httpx2.WriteError:
+        pass  # the connection was closed before this client looked for the answer
+    assert leftovers(service) == []
+    job = client.submit()
+    client.wait(job["job_id"])
