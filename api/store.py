@@ -17,7 +17,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.exceptions import ConnectionError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import RedisError, ResponseError
 
 from shared import keys
 from shared.broker import QUEUE_NAME, doorbell
@@ -72,7 +73,7 @@ class JobStore:
             socket_connect_timeout=1,
             health_check_interval=15,
             decode_responses=True,
-            retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
+            retry=Retry(NoBackoff(), 1, supported_errors=(NoConnection,)),
             client_name="whisper-api",
         )
         self._redis = Redis(connection_pool=self._pool)

@@ -16,7 +16,8 @@ from celery import Celery
 from redis import BlockingConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from shared import keys
@@ -46,7 +47,7 @@ class WorkerStore:
                 socket_connect_timeout=2,
                 socket_keepalive=True,
                 decode_responses=True,
-                retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
+                retry=Retry(NoBackoff(), 1, supported_errors=(NoConnection,)),
                 client_name="whisper-worker-store",
             )
         )
