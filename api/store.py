@@ -97,11 +97,7 @@ class JobStore:
         """Queues, joins or answers from the cache, in one step; then rings for a worker."""
         outcome, leader = await self._run(
             "submit",
-            manifest.job_id,
-            manifest.fingerprint,
-            manifest.checksum,
-            manifest.options,
-            manifest.model,
+            *manifest.identity,
             self._settings.retention_ms,
             self._settings.grace_ms,
         )

@@ -18,11 +18,10 @@ from typing import Any
 
 from example_client import WhisperClient
 from local.processes import CannotRun
-from local.run import say
-from local.service import ROOT, Service
+from local.run import SAMPLE, say
+from local.service import Service
 from local.supervisor import StopRequested, StopSignals
 
-SAMPLE = ROOT / "samples" / "quick-brown-fox.wav"
 DEADLINE_SECONDS = 180
 NEXT = """Next:
   make run                    the same service, to stay: API, /docs, metrics
@@ -54,7 +53,7 @@ def show(folder: Path, deadline: float, stop_signals: StopSignals) -> int:
         try:
             service.wait_ready(deadline - time.monotonic())
             started_seconds = time.monotonic() - began
-            say(f"Ready after {started_seconds:.1f} s. Transcribing {SAMPLE.relative_to(ROOT)} ...")
+            say(f"Ready after {started_seconds:.1f} s. Transcribing {SAMPLE.name} ...")
             began = time.monotonic()
             result = transcribe(service, deadline, stop_signals)
             took_seconds = time.monotonic() - began

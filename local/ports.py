@@ -17,7 +17,7 @@ def why_not(host: str, port: int) -> str | None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as exc:
-        return exc.strerror or str(exc)
+        return (exc.strerror or str(exc)).partition(" (while")[0]
     return None
 
 

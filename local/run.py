@@ -11,12 +11,12 @@ from local.lock import DataLock
 from local.ports import free_port, why_not
 from local.processes import CannotRun
 from local.redis_server import why_silent, without_password
-from local.service import START_SECONDS, Service
+from local.service import ROOT, START_SECONDS, Service
 from local.supervisor import EXIT_CONFIG, StopRequested, StopSignals
 from shared.errors import InvalidSettings
 from shared.settings import DEMO_MODEL, Settings, load_settings
 
-SAMPLE = Path("samples/quick-brown-fox.wav")
+SAMPLE = ROOT / "samples" / "quick-brown-fox.wav"
 
 
 def run() -> int:
@@ -94,12 +94,13 @@ def welcome(service: Service) -> str:
     if model == DEMO_MODEL:
         model += " (knows only a synthetic voice; for real speech: MODEL_SIZE=base make run)"
     redis = without_password(service.redis_url)
+    sample = SAMPLE.relative_to(ROOT) if Path.cwd() == ROOT else SAMPLE
     return f"""
 The service is ready.
 
   API      {url}
   Try it   {url}/docs
-  or       curl -F "file=@{SAMPLE}" {url}/transcribe
+  or       curl -F "file=@{sample}" {url}/transcribe
   Metrics  {url}/metrics  {service.worker_url}/metrics
   Model    {model}
   State    {settings.data_dir}  (Redis: {redis})

@@ -162,7 +162,11 @@ class Service:
     def add_worker(self, environment: Mapping[str, str] | None = None) -> str:
         """Starts one more worker and returns its name. `environment`: for this worker only."""
         name = f"worker-{len(self._worker_ports) + 1}"
-        self._add_worker(name, free_port(), environment or {})
+        own = {
+            n.upper() if n.lower() in Settings.model_fields else n: v
+            for n, v in (environment or {}).items()
+        }
+        self._add_worker(name, free_port(), own)
         return name
 
     def last_words(self) -> str:

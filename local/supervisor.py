@@ -46,9 +46,8 @@ class StopSignals:
         signal.signal(signal.SIGTERM, self._on_signal)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             signal.signal(signal.SIGHUP, self._on_signal)
-        if (
-            sys.platform == "linux" and "MAKELEVEL" in os.environ
-        ):  # what the user kills is make, our parent
+        if sys.platform == "linux" and "MAKELEVEL" in os.environ:
+            # Our parent is make, and that is what the user kills.
             die_with_parent(signal.SIGTERM, os.getppid())
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -149,9 +148,10 @@ class Supervisor:
         if process.popen is not None and process.popen.returncode == EXIT_CONFIG:
             reason = process.last_words(1) or "the reason is printed above"
             raise CannotRun(f"{name} can't run as it is set up: {reason}", EXIT_CONFIG)
+        words = process.last_words()
+        printed = f"It printed:\n{words}" if words else "The reason should be printed above."
         if not restart:
-            words = process.last_words()
-            raise CannotRun(f"{name} {ending}." + (f" It printed:\n{words}" if words else ""))
+            raise CannotRun(f"{name} {ending}. {printed}")
         policy, now = self._policy, time.monotonic()
         if now - process.started_at >= policy.steady_seconds or not record.pause_seconds:
             record.pause_seconds = policy.first_pause_seconds
@@ -159,7 +159,7 @@ class Supervisor:
         if len(record.deaths) >= policy.most_deaths:
             raise CannotRun(
                 f"{name} {ending}, {policy.most_deaths} times within {policy.steady_seconds:g} s, "
-                "so everything is stopped; the reason should be printed above."
+                f"so everything is stopped. {printed}"
             )
         self._say(f"{name} {ending}; starting it again in {record.pause_seconds:g} s.")
         record.start_at = now + record.pause_seconds

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     die_with_parent(int(argv[0]), int(argv[1]))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would keep that
     try:
-        os.execvp(argv[2], argv[2:])
+        os.execvp(argv[2], argv[2:])  # noqa: S606 - an argument list needs no shell
     except OSError as exc:
         sys.exit(f"{argv[2]} can't be started: {exc.strerror}")
 

@@ -34,6 +34,11 @@ class Manifest:
     options: str  # canonical JSON of TranscriptionOptions
     model: str
 
+    @property
+    def identity(self) -> tuple[str, str, str, str, str]:
+        """In the order of submit.lua's arguments."""
+        return self.job_id, self.fingerprint, self.checksum, self.options, self.model
+
 
 class Storage:
     """The uploads below one data folder, on a file system that API and workers share."""

@@ -107,11 +107,7 @@ class WorkerStore:
         """new | joined | hit | exists, as the API's own submit."""
         outcome, _ = self._run(
             "submit",
-            manifest.job_id,
-            manifest.fingerprint,
-            manifest.checksum,
-            manifest.options,
-            manifest.model,
+            *manifest.identity,
             self._settings.retention_ms,
             self._settings.grace_ms,
         )

@@ -73,8 +73,8 @@ def test_the_command_prints_the_transcript_in_each_format(service):
     assert run_python("example_client.py", *url).stdout == FOX_WORDS + "\n"
     (cue, *_) = srt.parse(run_python("example_client.py", "--format", "srt", *url).stdout)
     assert cue.content == FOX_WORDS
-    for format in ("vtt", "tsv", "json", "verbose_json"):
-        done = run_python("example_client.py", "--format", format, *url)
+    for name in ("vtt", "tsv", "json", "verbose_json"):
+        done = run_python("example_client.py", "--format", name, *url)
         assert (done.returncode, done.stderr) == (0, "")
         assert FOX_WORDS in done.stdout
 
@@ -168,7 +168,7 @@ def test_a_job_can_time_out_be_waited_for_again_and_be_cancelled(start, tmp_path
 
 def test_waiting_outlives_a_restart_of_the_api(start, tmp_path):
     service, _ = start()
-    path = long_file(tmp_path / "long.wav", repeats=20)
+    path = long_file(tmp_path / "long.wav", repeats=60)
     seen: list[str] = []
     is_polling = threading.Event()
 

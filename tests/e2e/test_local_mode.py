@@ -1,9 +1,10 @@
-"""`make run` and `make demo` as their users meet them: what they print, and that nothing is left."""
+"""`make run` and `make demo` as their users meet them: what they print, and what they leave."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -152,9 +153,8 @@ def test_run_prints_a_curl_that_works_and_ctrl_c_stops_everything(start: Start):
     assert str(launcher.folder / ".data") in launcher.out
     assert "demo" in launcher.out
     curl = next(line for line in launcher.out.splitlines() if "curl" in line)
-    command = curl.strip().removeprefix("or").strip()
-    answer = subprocess.check_output(command.replace("curl", "curl -sS --noproxy '*'"), shell=True)
-    job = json.loads(answer)["job_id"]
+    command = [*shlex.split(curl.strip().removeprefix("or")), "-sS", "--noproxy", "*"]
+    job = json.loads(subprocess.check_output(command))["job_id"]
     assert launcher.transcribe() == FOX_WORDS  # joins the job above
     assert launcher.end(signal.SIGINT) == 0
     assert launcher.out.endswith("Stopped.\n")
@@ -187,7 +187,7 @@ def long_recording(path: Path, seconds: int) -> Path:
 
 
 def test_a_killed_launcher_leaves_no_process_behind(start: Start, tmp_path):
-    """kill -9 amid a transcription: API processes, decoders, Redis, all are gone; the job is not."""
+    """kill -9 amid a transcription: API processes, decoders, Redis, all gone; the job is not."""
     launcher = start(WORKERS="2").wait_ready()
     recording = long_recording(tmp_path / "long.wav", 3600)
     with recording.open("rb") as file:
