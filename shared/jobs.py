@@ -106,8 +106,9 @@ class Job:
         """From the non-empty reply of read.lua."""
         now_ms, job_fields, transcription_fields, rank, has_transcript = reply
         job = pairs(job_fields)
-        work = pairs(transcription_fields)
-        status = JobStatus(job.get("status") or work.get("status") or JobStatus.QUEUED)
+        # A job that has ended kept the facts of its own run.
+        work = job if "status" in job else pairs(transcription_fields)
+        status = JobStatus(work.get("status", JobStatus.QUEUED))
         is_past = "expires_ms" in job and int(job["expires_ms"]) <= int(now_ms)
         is_gone = status is JobStatus.COMPLETED and not has_transcript
         return cls(
@@ -115,9 +116,9 @@ class Job:
             fingerprint=job["fingerprint"],
             status=status,
             outcome=job["outcome"],
-            progress=1.0 if status is JobStatus.COMPLETED else float(work.get("progress", 0)),
+            progress=1.0 if status is JobStatus.COMPLETED else float(work.get("progress") or 0),
             queue_position=int(rank) + 1 if status is JobStatus.QUEUED and int(rank) >= 0 else None,
-            attempts=int(work.get("attempts", 0)),
+            attempts=int(work.get("attempts") or 0),
             duration=float(work["duration"]) if work.get("duration") else None,
             submitted_at=datetime.fromtimestamp(int(job["submitted_ms"]) / 1000, UTC),
             started_at=instant(work.get("started_ms")),

@@ -19,13 +19,24 @@ local function count(event, by)
   redis.call('HINCRBY', COUNTERS, event, by or 1)
 end
 
+-- What a job keeps of the run that ended it, so that a later run of the same file changes nothing.
+local function facts_of(fp)
+  local facts = {}
+  for _, name in ipairs({'started_ms', 'attempts', 'duration', 'progress'}) do
+    table.insert(facts, name)
+    table.insert(facts, redis.call('HGET', transcription(fp), name) or '')
+  end
+  return facts
+end
+
 -- Gives one job its terminal status and its lifetime.
-local function end_job(id, now, status, code, message, retention_ms, grace_ms)
+local function end_job(id, now, status, code, message, facts, retention_ms, grace_ms)
   if redis.call('EXISTS', job(id)) == 0 or redis.call('HEXISTS', job(id), 'status') == 1 then
     return false
   end
   redis.call('HSET', job(id), 'status', status, 'finished_ms', digits(now),
-    'expires_ms', digits(now + retention_ms), 'error_code', code, 'error_message', message)
+    'expires_ms', digits(now + retention_ms), 'error_code', code, 'error_message', message,
+    unpack(facts))
   redis.call('PEXPIRE', job(id), digits(retention_ms + grace_ms))
   return true
 end
@@ -38,9 +49,9 @@ local function end_transcription(fp, now, status, code, message, retention_ms, g
   redis.call('HDEL', transcription(fp), 'claim_id')
   redis.call('PEXPIRE', transcription(fp), digits(retention_ms + grace_ms))
   redis.call('PEXPIRE', holders(fp), digits(retention_ms + grace_ms))
-  local ids = redis.call('SMEMBERS', holders(fp))
+  local ids, facts = redis.call('SMEMBERS', holders(fp)), facts_of(fp)
   for _, id in ipairs(ids) do
-    if end_job(id, now, status, code, message, retention_ms, grace_ms) then
+    if end_job(id, now, status, code, message, facts, retention_ms, grace_ms) then
       count('jobs_' .. status)
     end
   end

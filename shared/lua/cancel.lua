@@ -6,7 +6,9 @@ local retention_ms, grace_ms = tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = now_ms()
 local fp = redis.call('HGET', job(id), 'fingerprint')
 if not fp then return 'unknown' end
-if not end_job(id, now, 'cancelled', '', '', retention_ms, grace_ms) then return 'finished' end
+if not end_job(id, now, 'cancelled', '', '', facts_of(fp), retention_ms, grace_ms) then
+  return 'finished'
+end
 count('jobs_cancelled')
 redis.call('SREM', holders(fp), id)
 if redis.call('SCARD', holders(fp)) == 0 then

@@ -32,7 +32,7 @@ if outcome == 'new' then
 end
 redis.call('SADD', holders(fp), id)
 if outcome == 'hit' then
-  end_job(id, now, 'completed', '', '', retention_ms, grace_ms)
+  end_job(id, now, 'completed', '', '', facts_of(fp), retention_ms, grace_ms)
   count('jobs_completed')
   keep_transcript(fp, now, retention_ms, grace_ms)
 end

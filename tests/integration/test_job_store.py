@@ -250,8 +250,11 @@ async def test_a_failure_stays_with_the_job_that_had_it(store, worker, settings)
     second = manifest(settings)
     assert (await store.submit(second)).outcome == "new"
     complete(worker, settings, worker.claim())
-    assert (await store.read(first.job_id)).status is JobStatus.FAILED
-    assert (await store.read(second.job_id)).status is JobStatus.COMPLETED
+    told = await store.read(first.job_id)
+    assert (told.status, told.duration) == (JobStatus.FAILED, None)
+    assert told.started_at <= told.finished_at
+    done = await store.read(second.job_id)
+    assert (done.status, done.duration) == (JobStatus.COMPLETED, 1.5)
 
 
 async def test_erasing_takes_the_transcript_with_the_last_job(store, worker, settings, raw):
