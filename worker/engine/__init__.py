@@ -1,5 +1,5 @@
-"""From a file to a transcript. Importing anything of this package first tells the model libraries to
-report to nobody: onnxruntime (since 1.29, on Linux, too) and the Hub's client would by default."""
+"""From a file to a transcript. Importing anything of this package first tells the model libraries
+to report to nobody: onnxruntime (since 1.29, on Linux, too) and the Hub client would by default."""
 
 import os
 
