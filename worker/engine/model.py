@@ -88,7 +88,7 @@ def locate(settings: Settings) -> Path:
     except Exception as exc:  # whatever the Hub's client raises: no network, no such id, no access
         raise ModelUnavailable(
             f"The model {name!r} is not on this machine and can't be fetched from the Hub "
-            f"({type(exc).__name__}: {one_line(exc)[:200]}). Check the network and the name, or "
+            f"({one_line(root_of(exc))[:200]}). Check the network and the name, or "
             "set MODEL_SIZE to a folder that holds the model, or to demo."
         ) from exc
 
@@ -103,5 +103,12 @@ def _checked(folder: Path, name: str) -> Path:
     return folder
 
 
-def one_line(exc: Exception) -> str:
+def root_of(exc: BaseException) -> BaseException:
+    """What happened first: the Hub's client wraps it many times."""
+    while inner := exc.__cause__ or exc.__context__:
+        exc = inner
+    return exc
+
+
+def one_line(exc: BaseException) -> str:
     return " ".join(str(exc).split())
