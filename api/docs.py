@@ -47,20 +47,27 @@ def catalogue() -> list[tuple[str, int, str]]:
     found = {
         "not_found": (404, "There is nothing at this address."),
         "method_not_allowed": (405, "This address does not take that method."),
+        "http_error": (400, "The request is not one that this address takes."),
+        "internal_error": (500, "An error on our side; the log has it under the request_id."),
     }
-    for kind in _leaves(errors.ServiceError):
+    for kind in leaves(errors.ServiceError):
         if issubclass(kind, errors.MediaError | errors.TranscriptionError):
-            status = status_of(errors.JobFailed(kind.code, ""))
-        elif issubclass(kind, errors.ModelUnavailable | errors.InvalidSettings | errors.JobFailed):
-            continue  # these end start-up, or carry the code of another
-        else:
-            status = status_of(kind.__new__(kind))
-        found.setdefault(kind.code, (status, (kind.__doc__ or "").strip()))
+            found[kind.code] = status_of(errors.JobFailed(kind.code, "")), sentence(kind)
+        elif (
+            issubclass(kind, errors.RequestError | errors.Unavailable) and kind != errors.JobFailed
+        ):
+            found[kind.code] = status_of(kind.__new__(kind)), sentence(kind)
     return sorted((code, status, text) for code, (status, text) in found.items())
 
 
-def _leaves(kind: type[errors.ServiceError]) -> Iterator[type[errors.ServiceError]]:
-    """Deepest first, so that a code has the sentence of its own class."""
-    for child in kind.__subclasses__():
-        yield from _leaves(child)
-    yield kind
+def leaves(kind: type[errors.ServiceError]) -> Iterator[type[errors.ServiceError]]:
+    """The classes that are raised: those without subclasses."""
+    children = kind.__subclasses__()
+    if not children:
+        yield kind
+    for child in children:
+        yield from leaves(child)
+
+
+def sentence(kind: type[errors.ServiceError]) -> str:
+    return (kind.__doc__ or "").strip()

@@ -112,4 +112,3 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(errors.ServiceError, service_error)
     app.add_exception_handler(HTTPException, http_exception)
     app.add_exception_handler(RequestValidationError, invalid_parameters)
-    app.add_exception_handler(Exception, unexpected)

@@ -8,8 +8,10 @@ import time
 from uuid import uuid4
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.errors import unexpected
 from shared.logs import context
 from shared.metrics import ApiMetrics
 
@@ -39,7 +41,7 @@ class Observe:
         context.set({"request_id": request_id})
         started = time.perf_counter()
         status = 500
-        body_is_read = False
+        body_is_read = has_begun = False
 
         async def watch_body() -> Message:
             nonlocal body_is_read
@@ -48,8 +50,9 @@ class Observe:
             return message
 
         async def add_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
@@ -64,6 +67,11 @@ class Observe:
         self.metrics.http_in_progress.inc()
         try:
             await self.app(scope, watch_body, add_headers)
+        except Exception as exc:  # answered here, so that this answer has the headers, too
+            if has_begun:
+                raise
+            answer = await unexpected(Request(scope), exc)
+            await answer(scope, receive, add_headers)
         finally:
             self.metrics.http_in_progress.dec()
             seconds = time.perf_counter() - started

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ router = APIRouter(tags=["monitoring"])
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Is the service well?")
 async def health(request: Request, response: Response) -> dict[str, Any]:
     """`ok`: jobs are accepted and a warm worker is there. `degraded`: jobs are accepted and safe,
@@ -57,11 +59,13 @@ async def health(request: Request, response: Response) -> dict[str, Any]:
     }
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Does the process answer?")
 async def live() -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Can this replica accept a job?")
 async def ready(request: Request) -> dict[str, str]:
     state = state_of(request)
@@ -146,13 +150,14 @@ class _FromStore:
         up = GaugeMetricFamily("whisper_store_up", "1 when the job store answered this scrape")
         up.add_metric([], 0 if self.snapshot is None else 1)
         yield up
-        usage = shutil.disk_usage(self.folder)
-        disk = GaugeMetricFamily(
-            "whisper_storage_bytes", "The file system that uploads rest on", labels=["kind"]
-        )
-        disk.add_metric(["used"], usage.used)
-        disk.add_metric(["free"], usage.free)
-        yield disk
+        with suppress(OSError):  # a volume that is gone must not take the other metrics with it
+            usage = shutil.disk_usage(self.folder)
+            disk = GaugeMetricFamily(
+                "whisper_storage_bytes", "The file system that uploads rest on", labels=["kind"]
+            )
+            disk.add_metric(["used"], usage.used)
+            disk.add_metric(["free"], usage.free)
+            yield disk
         if self.snapshot is None:
             return
         for name, text, value in (

@@ -10,10 +10,11 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from api.dependencies import State, state_of
 from api.uploads import FORM_OVERHEAD_BYTES, Upload, receive, too_large
-from shared.errors import InvalidField, ServiceError, StorageFull
+from shared.errors import InvalidField, MalformedUpload, ServiceError, StorageFull
 from shared.jobs import JobStatus
 from shared.metrics import OUTCOMES, REJECTIONS
 from shared.options import TranscriptionOptions, fingerprint
@@ -108,6 +109,8 @@ async def accept(request: Request, state: State) -> JobAccepted:
         await asyncio.to_thread(storage.keep, manifest)
         submission = await state.store.submit(manifest)
         is_kept = submission.outcome != "hit"
+    except ClientDisconnect as exc:
+        raise MalformedUpload("The connection ended in the middle of the upload.") from exc
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageFull from exc

@@ -25,7 +25,7 @@ from local.supervisor import StopRequested, StopSignals
 DEADLINE_SECONDS = 180
 NEXT = """Next:
   make run                    the same service, to stay: API, /docs, metrics
-  MODEL_SIZE=base make run    real speech; fetches Whisper's base model once (about 150 MB).
+  MODEL_SIZE=base make run    real speech; fetches Whisper's base model once.
                               The demo model understands only espeak-ng's synthetic voices."""
 
 

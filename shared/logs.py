@@ -40,5 +40,7 @@ def configure(level: str) -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # the API logs requests itself
+    for name in ("celery.worker.strategy", "celery.app.trace"):  # two lines for each bell
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("faster_whisper", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)

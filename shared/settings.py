@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         ComputeType.DEFAULT,
         description="int8, float16, float32...; default: as the model is stored.",
     )
-    cpu_threads: int = Field(0, ge=0, description="Threads of one transcription; 0: all cores.")
+    cpu_threads: int = Field(0, ge=0, description="Threads of one transcription; 0: cores / slots.")
 
     # --- limits
     max_file_size_mb: int = Field(100, ge=1, description="Largest upload, in MiB.")

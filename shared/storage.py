@@ -86,9 +86,12 @@ class Storage:
         except (OSError, ValueError, TypeError):
             return None
 
-    def spool(self, job_id: str, transcript: bytes) -> None:
-        """Saves finished work beside its input until it can be committed."""
-        _write(self.folder(job_id) / "transcript.json", transcript)
+    def spool(self, job_ids: Iterable[str], transcript: bytes) -> None:
+        """Saves finished work beside the input of the first of these jobs that still has a folder,
+        until it can be committed. Raises FileNotFoundError when none has."""
+        folders = (self.folder(job_id) for job_id in job_ids)
+        folder = next((folder for folder in folders if folder.exists()), self.root / "gone")
+        _write(folder / "transcript.json", transcript)
 
     def spooled(self, job_id: str) -> bytes | None:
         try:

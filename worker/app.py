@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +16,7 @@ from celery.signals import worker_shutting_down
 
 from shared import metrics
 from shared.broker import QUEUE_NAME, TASK_NAME, celery_app
-from shared.errors import InvalidSettings
+from shared.errors import InvalidSettings, StoreUnavailable
 from shared.settings import Settings, parse_cpus
 from shared.storage import Storage
 from worker import health
@@ -33,7 +34,7 @@ HANDBACK_SECONDS = 15  # after the drain: what a segment may take until it sees 
 
 def run(settings: Settings) -> int:
     """Serves until told to stop. Returns the exit status. Raises ModelUnavailable,
-    InvalidSettings, OSError."""
+    InvalidSettings."""
     if settings.worker_cpus:
         pin(parse_cpus(settings.worker_cpus))
     loaded = model.load(settings)
@@ -74,12 +75,14 @@ def run(settings: Settings) -> int:
     )
     reaper = Reaper(store, storage, settings, lambda kind, n: counted.cleaned.labels(kind).inc(n))
     engine = Engine(loaded, max_audio_seconds=settings.max_audio_seconds)
-    service = Service(settings, store, storage, engine, heartbeat, counted)
+    service = Service(settings, store, storage, engine, heartbeat, reaper, counted)
     endpoint = health.serve(
         settings.worker_http_host,
         settings.worker_http_port,
         lambda: well(heartbeat, settings, about),
     )
+    port = endpoint.server_address[1]
+    log.info("endpoint", extra={"action": "endpoint_open", "port": port})
 
     heartbeat.start()
     reaper.start()
@@ -90,10 +93,9 @@ def run(settings: Settings) -> int:
         reaper.stop()
         heartbeat.stop()
         endpoint.shutdown()
-        try:
+        with suppress(StoreUnavailable):  # then its report ends by itself
             store.retire()
-        finally:
-            store.close()
+        store.close()
 
 
 def pin(cpus: frozenset[int]) -> None:

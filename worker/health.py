@@ -10,13 +10,15 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from shared.errors import InvalidSettings
+
 
 def serve(
     host: str, port: int, health: Callable[[], tuple[bool, dict[str, Any]]]
 ) -> ThreadingHTTPServer:
-    """Starts the endpoint. `health` returns (is it well, what to say).
+    """Starts the endpoint. `health` returns (is it well, what to say). Port 0 takes a free one.
 
-    Raises OSError when the address is taken; port 0 takes a free one.
+    Raises InvalidSettings when the address can't be had.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -42,7 +44,13 @@ def serve(
         def log_message(self, format: str, *args: object) -> None:
             """A probe each second is no news."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as exc:
+        raise InvalidSettings(
+            f"The worker can't listen on {host}:{port} ({exc.strerror}); set WORKER_HTTP_HOST and "
+            "WORKER_HTTP_PORT to a free address, or the port to 0."
+        ) from exc
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from shared.errors import StoreUnavailable
@@ -20,7 +22,10 @@ log = logging.getLogger(__name__)
 
 MAX_BELLS = 50  # at a time
 UNSUBMITTED_SECONDS = 10  # an API that has written a manifest submits it within this
+DURABLE_SECONDS = 3  # Redis writes its append-only file each second, at worst a second late
+RECONCILE_SECONDS = 10
 ABANDONED_SECONDS = 3600  # an upload of which nothing arrived for so long
+SETTLED_SECONDS = 60  # a folder that whoever ended its job should have removed by now
 BATCH = 500
 
 
@@ -40,6 +45,8 @@ class Reaper(threading.Thread):
         self._settings = settings
         self._on_clean = on_clean
         self._stopping = threading.Event()
+        self._ended: deque[tuple[float, tuple[str, ...]]] = deque()
+        self._next_reconcile = 0.0
 
     def run(self) -> None:
         while not self._stopping.wait(self._settings.reap_interval_seconds):
@@ -54,11 +61,26 @@ class Reaper(threading.Thread):
         self._stopping.set()
         self.join(timeout=10)
 
+    def remove_later(self, job_ids: Sequence[str]) -> None:
+        """The uploads of jobs that have just ended. They stay until the store has the end on its
+        disk: if its machine dies before, the jobs come back, and need them."""
+        self._ended.append((time.monotonic() + DURABLE_SECONDS, tuple(job_ids)))
+
     def sweep(self) -> None:
         self.take_back_leases()
-        self.reconcile_uploads()
+        self.remove_ended()
+        if time.monotonic() >= self._next_reconcile:
+            began = time.monotonic()
+            self.reconcile_uploads()
+            ended = time.monotonic()
+            self._next_reconcile = ended + max(RECONCILE_SECONDS, (ended - began) * 20)
         evicted = self._store.evict(self._settings.result_cache_max_mb * 1024 * 1024)
         self._on_clean("transcript", evicted)
+
+    def remove_ended(self) -> None:
+        while self._ended and self._ended[0][0] <= time.monotonic():
+            for job_id in self._ended.popleft()[1]:
+                self._remove(job_id, "upload")
 
     def take_back_leases(self) -> None:
         requeued, queued, ended = self._store.reap()
@@ -66,19 +88,22 @@ class Reaper(threading.Thread):
             log.warning("leases ended", extra={"action": "leases_expired", "count": requeued})
         for job_id in ended:
             log.error("quarantined", extra={"action": "quarantined", "job_id": job_id})
-            self._remove(job_id, "upload")
+        self.remove_later(ended)
         missing = min(MAX_BELLS, queued - self._store.bells()) if queued else 0
         if missing > 0:
             self._store.ring(missing)
 
     def reconcile_uploads(self) -> None:
-        """Compares the folders on disk with the store: what is unfinished must be known there."""
+        """Compares the folders on disk with the store: what is unfinished must be known there.
+
+        Takes at most a twentieth of this thread's time, however many folders there are.
+        """
         ids = self._storage.job_ids()
         while batch := list(islice(ids, BATCH)):
             for job_id, state in zip(batch, self._store.job_states(batch), strict=True):
                 if self._stopping.is_set():
                     return
-                if state == "finished":
+                if state == "finished" and self._storage.age_seconds(job_id) > SETTLED_SECONDS:
                     self._remove(job_id, "upload")
                 elif state == "unknown":
                     self._adopt(job_id)

@@ -78,14 +78,18 @@ class WorkerStore:
         model = self._settings.model_key
         return self._finish(claim, "failed", b"", model, None, error.code, error.message)
 
-    def hand_back(self, claim: Claim) -> str:
-        """Gives it back without blame: requeued | failed | lost."""
-        error = HandbackLimit()
-        return self._release(claim, 0, self._settings.max_handbacks, error)[0]
+    def hand_back(self, claim: Claim) -> tuple[str, list[str]]:
+        """Gives it back without blame: (requeued | failed | lost, jobs that it ended)."""
+        return self._release(claim, 0, self._settings.max_handbacks, HandbackLimit())
 
     def retry(self, claim: Claim, error: ServiceError) -> tuple[str, list[str]]:
         """Gives it back, attempt counted: (requeued | failed | lost, jobs that it ended)."""
         return self._release(claim, 1, self._settings.max_attempts, error)
+
+    def holders(self, claim: Claim) -> list[str]:
+        """The ids of every job that holds the transcription now."""
+        with _translated():
+            return list(cast("set[str]", self._redis.smembers(keys.holders(claim.fingerprint))))
 
     def reap(self) -> tuple[int, int, list[str]]:
         """(leases that had ended, length of the queue, jobs that were quarantined)."""

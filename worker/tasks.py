@@ -29,6 +29,7 @@ from shared.settings import Settings
 from shared.storage import Storage
 from worker.engine.engine import Engine
 from worker.heartbeat import Heartbeat, Interrupted, Run
+from worker.reaper import Reaper
 from worker.store import WorkerStore
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Service:
     storage: Storage
     engine: Engine
     heartbeat: Heartbeat
+    reaper: Reaper
     metrics: WorkerMetrics
     draining: threading.Event = field(default_factory=threading.Event)
 
@@ -80,11 +82,9 @@ def transcribe_next(service: Service) -> None:
 
 def work(service: Service, claim: Claim, run: Run) -> str:
     """One claimed transcription, to its end: completed | failed | cancelled | lost | released."""
-    holder = service.storage.holder_with_audio(claim.holders)
     log.info("claimed", extra={"action": "claimed", "holders": len(claim.holders)})
     try:
-        if holder is None:
-            raise InputMissing
+        holder = find_holder(service, claim)
         spooled = service.storage.spooled(holder)
         transcript = (
             Transcript.model_validate_json(spooled)
@@ -95,10 +95,23 @@ def work(service: Service, claim: Claim, run: Run) -> str:
         return interrupted(service, claim, stop.reason)
     except (MediaError, InputMissing) as exc:
         return fail(service, claim, exc)
+    except FileNotFoundError:  # the job whose upload it was is cancelled; others may hold it
+        return hand_back(service, claim)
+    except StoreUnavailable:
+        return "lost"
     except Exception:
         log.exception("the engine failed", extra={"action": "engine_failed"})
         return retry(service, claim)
     return complete(service, claim, holder, transcript)
+
+
+def find_holder(service: Service, claim: Claim) -> str:
+    """The id of a job whose upload is there. Raises InputMissing, StoreUnavailable."""
+    found = service.storage.holder_with_audio(claim.holders)
+    found = found or service.storage.holder_with_audio(service.store.holders(claim))
+    if found is None:
+        raise InputMissing
+    return found
 
 
 def transcribe(service: Service, claim: Claim, run: Run, audio: Path) -> Transcript:
@@ -128,7 +141,7 @@ def complete(service: Service, claim: Claim, holder: str, transcript: Transcript
         lambda: service.store.complete(
             claim, content, service.settings.model_key, transcript.duration
         ),
-        on_outage=lambda: service.storage.spool(holder, content),
+        on_outage=lambda: service.storage.spool([holder, *claim.holders], content),
     )
     if jobs is None:
         log.warning("not committed: the claim was lost", extra={"action": "commit_refused"})
@@ -170,10 +183,14 @@ def retry(service: Service, claim: Claim) -> str:
 
 def interrupted(service: Service, claim: Claim, reason: str) -> str:
     log.info("stopped", extra={"action": f"stopped_{reason}"})
-    if reason != "drain":
-        return reason
-    outcome = commit(service, lambda: service.store.hand_back(claim))
-    return "released" if outcome == "requeued" else "lost"
+    return hand_back(service, claim) if reason == "drain" else reason
+
+
+def hand_back(service: Service, claim: Claim) -> str:
+    """Gives the claim back without blame; with an outage it ends by its lease instead."""
+    outcome, jobs = commit(service, lambda: service.store.hand_back(claim)) or ("lost", [])
+    forget(service, jobs)
+    return "released" if outcome == "requeued" else outcome
 
 
 def commit(
@@ -190,17 +207,24 @@ def commit(
             return write()
         except StoreUnavailable as exc:
             log.warning("not committed yet: %s", exc, extra={"action": "commit_retry"})
-            if not is_saved:
-                on_outage()
-                is_saved = True
+            is_saved = is_saved or save(on_outage)
             if time.monotonic() > deadline or service.draining.wait(COMMIT_PAUSE_SECONDS):
                 return None
 
 
+def save(on_outage: Callable[[], None]) -> bool:
+    """A disk that is full, too, is no reason to stop trying."""
+    try:
+        on_outage()
+    except OSError:
+        log.exception("the work could not be saved", extra={"action": "spool_failed"})
+        return False
+    return True
+
+
 def forget(service: Service, jobs: list[str]) -> None:
-    """The jobs are over: their uploads go."""
-    for job_id in jobs:
-        service.storage.remove(job_id)
+    """The jobs are over: their uploads go, as soon as the store has that on its disk."""
+    service.reaper.remove_later(jobs)
 
 
 def count_error(service: Service, error: ServiceError) -> None:

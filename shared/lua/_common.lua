@@ -19,6 +19,11 @@ local function count(event, by)
   redis.call('HINCRBY', COUNTERS, event, by or 1)
 end
 
+-- A key without a lifetime gets this one; a longer lifetime stays.
+local function live_at_least(key, ms)
+  if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, digits(ms)) end
+end
+
 -- What a job keeps of the run that ended it, so that a later run of the same file changes nothing.
 local function facts_of(fp)
   local facts = {}
@@ -47,8 +52,8 @@ local function end_transcription(fp, now, status, code, message, retention_ms, g
   redis.call('ZREM', LEASES, fp)
   redis.call('HSET', transcription(fp), 'status', status, 'finished_ms', digits(now))
   redis.call('HDEL', transcription(fp), 'claim_id')
-  redis.call('PEXPIRE', transcription(fp), digits(retention_ms + grace_ms))
-  redis.call('PEXPIRE', holders(fp), digits(retention_ms + grace_ms))
+  live_at_least(transcription(fp), retention_ms + grace_ms)
+  live_at_least(holders(fp), retention_ms + grace_ms)
   local ids, facts = redis.call('SMEMBERS', holders(fp)), facts_of(fp)
   for _, id in ipairs(ids) do
     if end_job(id, now, status, code, message, facts, retention_ms, grace_ms) then
@@ -79,10 +84,10 @@ end
 
 -- Keeps a transcript (and what leads to it) at least until `now + retention_ms`.
 local function keep_transcript(fp, now, retention_ms, grace_ms)
-  redis.call('PEXPIRE', transcript(fp), digits(retention_ms))
-  redis.call('PEXPIRE', transcription(fp), digits(retention_ms + grace_ms))
-  redis.call('PEXPIRE', holders(fp), digits(retention_ms + grace_ms))
-  redis.call('ZADD', TRANSCRIPTS, digits(now + retention_ms), fp)
+  live_at_least(transcript(fp), retention_ms)
+  live_at_least(transcription(fp), retention_ms + grace_ms)
+  live_at_least(holders(fp), retention_ms + grace_ms)
+  redis.call('ZADD', TRANSCRIPTS, 'GT', digits(now + retention_ms), fp)
 end
 
 -- True while this claim is the one that owns the transcription and its lease has not ended.

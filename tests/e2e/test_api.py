@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import FOX, FOX_WORDS, SAMPLES, wait_until
 from tests.e2e.conftest import completed_runs, leftovers, metric, variant
-from tests.model.media import encode, silent_video, tone
+from tests.model.media import encode, tone, video
 
 
 def problem(answer: httpx2.Response) -> tuple[int, str]:
@@ -148,7 +148,7 @@ def test_a_file_that_can_not_be_transcribed_fails_with_its_own_code(service, cli
     garbage.write_bytes(bytes(range(256)) * 40)
     for path, code in {
         cut: "truncated_media",
-        silent_video(tmp_path / "silent.mp4"): "no_audio_stream",
+        video(tmp_path / "silent.mp4"): "no_audio_stream",
         garbage: "unreadable_media",
     }.items():
         job = client.submit(path)
@@ -226,6 +226,8 @@ def test_a_client_that_vanishes_leaves_nothing(service, client):
         )
         wait_until(lambda: leftovers(service), 10, "the upload has begun")
     wait_until(lambda: leftovers(service) == [], 10, "and is gone")
+    page = client.http.get("/metrics").text
+    assert metric(page, "http_requests_total", status="500") == 0, "and is no error of ours"
 
 
 def test_an_upload_of_a_gigabyte_costs_the_api_no_memory(start, tmp_path):
@@ -303,6 +305,17 @@ def test_health_and_stats_tell_the_truth(service, client):
     stats = client.stats()
     assert stats["workers"][0]["model"] == "demo"
     assert stats["queue"] == {"queued": 0, "oldest_seconds": 0.0, "processing": 0}
+
+
+def test_an_error_of_ours_has_the_shape_of_every_other(start):
+    """500 with a request id, and without a word of what happened inside."""
+    service, client = start()
+    uploads = service.settings.data_dir / "uploads"
+    uploads.rename(uploads.with_name("elsewhere"))
+    answer = client.http.post("/transcribe", files={"file": FOX.read_bytes()})
+    assert problem(answer) == (500, "internal_error")
+    assert "uploads" not in answer.text
+    assert metric(client.http.get("/metrics").text, "http_requests_total", status="500") == 1
 
 
 def test_a_request_keeps_the_id_that_a_proxy_gave_it(client):

@@ -139,7 +139,7 @@ async def test_a_claim_whose_lease_ended_can_write_nothing(store, worker, settin
     assert worker.renew(claim, 0.5) == "lost"
     assert complete(worker, settings, claim) is None
     assert worker.fail(claim, UnreadableMedia()) is None
-    assert worker.hand_back(claim) == "lost"
+    assert worker.hand_back(claim) == ("lost", [])
     assert (await store.read(job.job_id)).status is JobStatus.PROCESSING
     assert not raw.exists(keys.transcript(job.fingerprint))
 
@@ -206,8 +206,8 @@ async def test_a_hand_back_burns_no_attempt_but_is_limited(store, worker, settin
     for _ in range(settings.max_handbacks - 1):
         claim = worker.claim()
         assert claim.attempt == 1
-        assert worker.hand_back(claim) == "requeued"
-    assert worker.hand_back(worker.claim()) == "failed"
+        assert worker.hand_back(claim)[0] == "requeued"
+    assert worker.hand_back(worker.claim()) == ("failed", [job.job_id])
     assert (await store.read(job.job_id)).error_code == "handed_back_too_often"
 
 

@@ -48,9 +48,10 @@ def encode(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
     return path
 
 
-def silent_video(path: Path) -> Path:
-    """A second of video without sound."""
+def video(path: Path, sound: np.ndarray | None = None) -> Path:
+    """A second of video, with the sound (16 kHz) or without any."""
     with av.open(str(path), "w") as container:
+        voice = None if sound is None else container.add_stream("aac", rate=16_000, layout="mono")
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
@@ -58,6 +59,15 @@ def silent_video(path: Path) -> Path:
             frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if voice is not None:
+            frame = av.AudioFrame.from_ndarray(sound.reshape(1, -1), format="s16", layout="mono")
+            frame.sample_rate = 16_000
+            resampler = av.AudioResampler(
+                format=voice.format.name, layout="mono", rate=16_000, frame_size=voice.frame_size
+            )
+            for ready in [*resampler.resample(frame), *resampler.resample(None)]:
+                container.mux(voice.encode(ready))
+            container.mux(voice.encode(None))
     return path
 
 

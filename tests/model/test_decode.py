@@ -14,7 +14,7 @@ from shared.errors import (
     UnreadableMedia,
 )
 from tests.conftest import FOX
-from tests.model.media import CODECS, encode, samples_of, silent_video, tone, wav_header
+from tests.model.media import CODECS, encode, samples_of, tone, video, wav_header
 from worker.engine.decode import decode
 
 LIMIT = 3600.0
@@ -76,8 +76,12 @@ def test_an_mp3_of_varying_bitrate_without_a_length_is_whole(tmp_path):
 
 
 def test_a_video_gives_its_sound_and_a_silent_one_an_error(tmp_path):
+    samples, _ = decode(video(tmp_path / "b.mp4", tone(1)), max_seconds=LIMIT)
+    assert len(samples) == pytest.approx(16_000, abs=2000)
     with pytest.raises(NoAudioStream):
-        decode(silent_video(tmp_path / "a.mp4"), max_seconds=LIMIT)
+        decode(video(tmp_path / "a.mp4"), max_seconds=LIMIT)
+    with pytest.raises(FileNotFoundError):
+        decode(tmp_path / "gone", max_seconds=LIMIT)
 
 
 def test_longer_than_the_limit_is_refused_without_decoding_it_all(tmp_path):

@@ -30,7 +30,7 @@ def test_what_was_kept_can_be_read_back(storage):
 
 def test_removing_leaves_nothing_and_may_be_repeated(storage):
     made = kept(storage)
-    storage.spool(made.job_id, b"{}")
+    storage.spool([made.job_id], b"{}")
     storage.remove(made.job_id)
     storage.remove(made.job_id)
     assert list(storage.root.iterdir()) == []
@@ -62,7 +62,7 @@ def test_a_damaged_manifest_is_no_manifest(storage):
 def test_finished_work_waits_beside_its_input(storage):
     made = kept(storage)
     assert storage.spooled(made.job_id) is None
-    storage.spool(made.job_id, b"{}")
+    storage.spool([made.job_id], b"{}")
     assert storage.spooled(made.job_id) == b"{}"
 
 

@@ -32,6 +32,15 @@ CONTAINERS = (
     "wav,w64,mp3,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,aac,aiff,amr,caf,asf,mpegts,mpeg,"
     "avi,au,ac3,eac3"
 )
+# Decoders of sound alone: most flaws of FFmpeg are in its video decoders and in rare formats.
+_DECODERS = (
+    "aac,aac_latm,ac3,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,alac,amrnb,amrwb,dca,eac3,flac,gsm,"
+    "gsm_ms,libopus,libvorbis,mp1,mp1float,mp2,mp2float,mp3,mp3float,opus,vorbis,wmalossless,"
+    "wmapro,wmav1,wmav2"
+)
+CODECS = ",".join(
+    sorted(n for n in av.codecs_available if n in _DECODERS.split(",") or n.startswith("pcm_"))
+)
 # Containers whose header states a length that can be believed; elsewhere FFmpeg estimates it.
 STATED_DURATION = {"w64", "mp3", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "aiff", "caf"}
 MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
@@ -46,8 +55,8 @@ def decode(
 ) -> tuple[NDArray[np.float32], bool]:
     """The first audio stream as mono samples in [-1, 1] at 16 kHz, and whether the file ends early.
 
-    Raises UnreadableMedia, NoAudioStream, AudioTooLong, AudioTooShort, and TruncatedMedia unless
-    `allow_partial`.
+    Raises FileNotFoundError, UnreadableMedia, NoAudioStream, AudioTooLong, AudioTooShort, and
+    TruncatedMedia unless `allow_partial`.
     """
     try:
         with _open(path) as container:
@@ -56,6 +65,8 @@ def decode(
             _check_stream(container)
             blocks = list(_samples(container, max_seconds))
             stated = _stated_seconds(container, path)
+    except FileNotFoundError:
+        raise
     except FFmpegError as exc:
         raise UnreadableMedia from exc
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.int16)
@@ -79,6 +90,7 @@ def _open(path: Path) -> InputContainer:
         timeout=10,
         options={
             "format_whitelist": CONTAINERS,
+            "codec_whitelist": CODECS,
             "protocol_whitelist": "file",
             "enable_drefs": "0",
             "probesize": "5000000",
