@@ -11,7 +11,7 @@ from fastapi.staticfiles import StaticFiles
 
 from api import docs, errors, jobs, monitoring, transcriptions
 from api.dependencies import State
-from api.middleware import Observe
+from api.middleware import Linger, Observe
 from api.store import JobStore
 from shared import logs, metrics
 from shared.broker import celery_app
@@ -52,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(Observe, metrics=counted)
+    app.add_middleware(Linger)
     errors.install(app)
     app.include_router(transcriptions.router)
     app.include_router(jobs.router)

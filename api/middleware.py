@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
+from contextlib import suppress
 from uuid import uuid4
 
 from starlette.datastructures import MutableHeaders
@@ -17,6 +19,8 @@ from shared.metrics import ApiMetrics
 
 log = logging.getLogger(__name__)
 
+LINGER_SECONDS = 30  # nginx's own figures
+LINGER_IDLE_SECONDS = 5
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
@@ -41,13 +45,7 @@ class Observe:
         context.set({"request_id": request_id})
         started = time.perf_counter()
         status = 500
-        body_is_read = has_begun = False
-
-        async def watch_body() -> Message:
-            nonlocal body_is_read
-            message = await receive()
-            body_is_read = not message.get("more_body", False)
-            return message
+        has_begun = False
 
         async def add_headers(message: Message) -> None:
             nonlocal status, has_begun
@@ -60,13 +58,11 @@ class Observe:
                 headers["Referrer-Policy"] = "no-referrer"
                 is_docs = scope["path"] == "/docs"
                 headers["Content-Security-Policy"] = DOCS_POLICY if is_docs else API_POLICY
-                if scope["method"] == "POST" and not body_is_read:
-                    headers["Connection"] = "close"  # what is left of the body is not read
             await send(message)
 
         self.metrics.http_in_progress.inc()
         try:
-            await self.app(scope, watch_body, add_headers)
+            await self.app(scope, receive, add_headers)
         except Exception as exc:  # answered here, so that this answer has the headers, too
             if has_begun:
                 raise
@@ -88,6 +84,42 @@ class Observe:
                     "seconds": round(seconds, 4),
                 },
             )
+
+
+class Linger:
+    """Reads on for a while when the answer comes before the end of an upload, and drops what it
+    reads: most clients look for an answer only when they have sent all, and a connection that is
+    closed at once takes the answer with it. nginx does the same (lingering_close)."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in {"GET", "HEAD", "DELETE", "OPTIONS"}:
+            await self.app(scope, receive, send)
+            return
+        is_read = False
+
+        async def watch() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = not message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and not is_read:
+                MutableHeaders(scope=message)["Connection"] = "close"
+            if is_read or message["type"] != "http.response.body" or message.get("more_body"):
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    while not is_read:
+                        await asyncio.wait_for(watch(), LINGER_IDLE_SECONDS)
+            await send({"type": "http.response.body", "body": b""})
+
+        await self.app(scope, watch, answer)
 
 
 def _request_id(scope: Scope) -> str:

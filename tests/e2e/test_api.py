@@ -194,17 +194,13 @@ def test_a_file_over_the_limit_is_refused_while_it_is_sent(start, tmp_path):
         block = bytes(range(256)) * 256
         head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         yield head
-        for _ in range(100_000):
+        for _ in range(3_000):  # 200 MB: this client sends all before it reads the answer
             yield block
 
     kind = {"content-type": "multipart/form-data; boundary=x"}
-    try:
-        answer = client.http.post("/transcribe", content=endless(), headers=kind)
-        assert problem(answer) == (413, "file_too_large")
-        assert answer.headers["connection"] == "close"
-    except httpx2.WriteError:
-        pass  # the connection was closed before this client looked for the answer
-
+    answer = client.http.post("/transcribe", content=endless(), headers=kind)
+    assert problem(answer) == (413, "file_too_large")
+    assert answer.headers["connection"] == "close"
     with socket.create_connection(("127.0.0.1", service.settings.port), 10) as connection:
         connection.sendall(
             b"POST /transcribe HTTP/1.1\r\nHost: a\r\nContent-Length: 99000000\r\n"
