@@ -60,13 +60,11 @@ import tempfile
 import threading
 import time
 import urllib.parse
-import urllib.request
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import IO, Any, Literal, Self, TypeVar, overload
 
-import httpcore2  # what httpx2 is built on; comes with it
 import httpx2
 
 __all__ = [
@@ -91,7 +89,6 @@ POLL_SECONDS, MAX_POLL_SECONDS, POLL_GROWTH = 0.5, 5.0, 1.5
 OUTAGE_SECONDS = 600.0  # how long a job is asked after in vain when there is no deadline
 CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 256 * 1024  # of the file, sent at once
-READ_BYTES = 64 * 1024
 
 Source = str | os.PathLike[str] | IO[bytes]
 Progress = Callable[[dict[str, Any]], None]
@@ -425,7 +422,6 @@ class AsyncWhisperClient:
             base_url=url,
             headers=headers,
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            transport=_Transport(url),
         )
 
     async def transcribe_file(
@@ -772,117 +768,6 @@ class _Form:
             left -= len(chunk)
             yield chunk
         yield self._tail
-
-
-# --- The connection -------------------------------------------------------------------------------
-# A server may refuse an upload before it has read it: it answers, say 413, and closes. httpx2 reads
-# only after it has written; by then asyncio has dropped the connection with the answer in it, and a
-# caller sees a broken pipe. These connections listen while they write.
-
-
-class _Transport(httpx2.AsyncHTTPTransport):
-    def __init__(self, url: httpx2.URL) -> None:
-        ssl_context = httpx2.create_ssl_context()
-        super().__init__(verify=ssl_context)
-        self._pool = httpcore2.AsyncConnectionPool(
-            ssl_context=ssl_context,
-            proxy=_proxy(url),
-            max_connections=100,
-            max_keepalive_connections=20,
-            keepalive_expiry=5.0,
-            network_backend=_ListeningBackend(),
-        )
-
-
-def _proxy(url: httpx2.URL) -> httpcore2.Proxy | None:
-    """The proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) names."""
-    proxies = urllib.request.getproxies()
-    address = proxies.get(url.scheme) or proxies.get("all")
-    if not address or urllib.request.proxy_bypass(url.netloc.decode()):
-        return None
-    proxy = httpx2.Proxy(address if "://" in address else f"http://{address}")
-    return httpcore2.Proxy(str(proxy.url), auth=proxy.raw_auth)
-
-
-class _ListeningBackend(httpcore2.AnyIOBackend):
-    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore2.AsyncNetworkStream:
-        return _ListeningStream(await super().connect_tcp(*args, **kwargs))
-
-
-class _ListeningStream(httpcore2.AsyncNetworkStream):
-    """Reads all the time, also while it writes. Whatever is heard before the end of a write ends it
-    with WriteError, which httpcore2 takes as its cue to read."""
-
-    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
-        self._stream = stream
-        self._heard: asyncio.Queue[bytes | Exception] = asyncio.Queue()
-        self._listening: asyncio.Task[None] | None = None
-        self._writing: asyncio.Task[None] | None = None
-
-    async def _listen(self) -> None:
-        heard: bytes | Exception = b"?"
-        while heard and isinstance(heard, bytes):  # until the end of the stream, or its failure
-            try:
-                heard = await self._stream.read(READ_BYTES)
-            except Exception as exc:  # read() raises it
-                heard = exc
-            self._heard.put_nowait(heard)
-            if self._writing is not None:
-                self._writing.cancel()
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        if not buffer:
-            return
-        if self._listening is None:
-            self._listening = asyncio.create_task(self._listen())
-        self._writing = asyncio.create_task(self._stream.write(buffer, timeout))
-        try:
-            if self._heard.empty():
-                await asyncio.wait({self._writing})
-            if not self._writing.done() or self._writing.cancelled():
-                raise httpcore2.WriteError("The server answered before it had the whole request")
-            self._writing.result()
-        finally:
-            _discard(self._writing)
-            self._writing = None
-
-    async def read(
-        self,
-        max_bytes: int,  # noqa: ARG002
-        timeout: float | None = None,  # noqa: ASYNC109
-    ) -> bytes:
-        try:
-            async with asyncio.timeout(timeout):
-                heard = await self._heard.get()
-        except TimeoutError:
-            raise httpcore2.ReadTimeout(f"nothing came for {timeout:g} s") from None
-        if isinstance(heard, Exception) or not heard:
-            self._heard.put_nowait(heard)  # the end stays the end
-        if isinstance(heard, Exception):
-            raise heard
-        return heard
-
-    async def aclose(self) -> None:
-        if self._listening is not None:
-            _discard(self._listening)
-        await self._stream.aclose()
-
-    async def start_tls(self, *args: Any, **kwargs: Any) -> httpcore2.AsyncNetworkStream:
-        if self._listening is not None:  # to a proxy; from here on TLS does the reading
-            self._listening.cancel()
-            await asyncio.wait({self._listening})
-        return _ListeningStream(await self._stream.start_tls(*args, **kwargs))
-
-    def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable" and not self._heard.empty():
-            return True
-        return self._stream.get_extra_info(info)
-
-
-def _discard(task: asyncio.Task[Any]) -> None:
-    """Ends a task whose outcome no longer matters, without a complaint about its exception."""
-    task.cancel()
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 # --- The command ----------------------------------------------------------------------------------
