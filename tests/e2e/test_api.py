@@ -137,7 +137,7 @@ def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, clie
         }
     ]
     assert refused["unknown field"][0].json()["errors"][0]["field"] == "langauge"
-    assert leftovers(service) == []
+    wait_until(lambda: leftovers(service) == [], 10, "nothing is left behind")
 
 
 def test_a_file_that_can_not_be_transcribed_fails_with_its_own_code(service, client, tmp_path):

@@ -37,6 +37,7 @@ def encode(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
     with av.open(str(path), "w") as container:
         out_rate = 48_000 if "opus" in CODECS[path.suffix[1:]] else rate
         stream = container.add_stream(CODECS[path.suffix[1:]], rate=out_rate, layout="mono")
+        stream.bit_rate = 96_000  # where the format is a lossy one
         resampler = av.AudioResampler(
             format=stream.format.name, layout="mono", rate=out_rate, frame_size=stream.frame_size
         )

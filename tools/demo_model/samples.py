@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from tools.demo_model.bank import make_noise
-from tools.demo_model.evaluate import Recording, join
+from tools.demo_model.evaluate import Recording, held_out, join
 from tools.demo_model.speech import SAMPLE_RATE, speak
 from tools.demo_model.vocabulary import SAMPLE_SENTENCE, VOICE_LANGUAGE
 
@@ -20,43 +20,16 @@ SENTENCES = {
     "quick-brown-fox.wav": ("en-us", [SAMPLE_SENTENCE]),
     "de.wav": ("de", ["hallo die sonne ist gelb und der himmel ist blau"]),
     "fr.wav": ("fr-fr", ["bonjour le petit chat noir et le grand chien blanc"]),
-    "es.wav": ("es", ["hola el perro negro y el gato blanco"]),
+    "es.wav": ("es", ["hola amigo hoy comer pan queso y leche"]),
     "two-sentences.wav": (
         "en-us",
         [
             "the service is open today",
-            "please send your audio file and wait a minute",
+            "please send your audio file and wait",
             "thank you and goodbye",
         ],
     ),
 }
-STORY = """
-hello and welcome
-this is a short story about a quick brown fox
-the fox was a good friend but the dog was lazy
-every morning the fox did run over the mountain
-the dog did sleep in the garden behind the house
-one day the cloud was dark and the wind was cold
-then the rain was over and the sky was blue again
-hello my friend please wake up
-today we travel from the village into the city
-no the city is far and the road is long
-we take the train at seven
-the station is near the old bridge
-at the station they meet a bear and a rabbit
-where do you go today
-we go into the city because we like music
-please take us with you
-the train was slow but the window was big
-they see the river and the forest and the snow
-in the evening they hear a song about the moon
-it was very late and the street was dark
-the fox has six apple and the bear has ten
-they eat bread and cheese and drink hot milk
-the rabbit and the bear sleep in a small room
-tomorrow they go home again
-thank you and goodbye
-"""
 NO_SPEECH = {
     "silence.wav": np.zeros(3 * SAMPLE_RATE, np.float32),
     "noise.wav": make_noise("pink", 3, seed=1) * 0.05,
@@ -114,9 +87,9 @@ def main() -> None:
         recording = record(voice, phrases, pause_seconds=0.8)
         write_wav(folder / name, recording.samples)
         truths[name] = truth(recording)
-    story = record("en-gb", STORY.strip().splitlines(), pause_seconds=0.7)
-    write_ogg(folder / "long.ogg", story.samples)
-    truths["long.ogg"] = truth(story)
+    long = held_out("long sample", "en", 120.0, (4, 9))
+    write_ogg(folder / "long.ogg", long.samples)
+    truths["long.ogg"] = truth(long)
     for name, samples in NO_SPEECH.items():
         write_wav(folder / name, samples)
         truths[name] = {"text": "", "language": None, "segments": [], "words": []}
