@@ -12,6 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from shared.broker import QUEUE_NAME, celery_app, doorbell
 from tests.conftest import FOX, FOX_WORDS, wait_until
 from tests.e2e.conftest import (
     Client,
@@ -211,22 +212,22 @@ def test_a_lost_bell_only_delays(start, raw_of):
     service, client = start()
     service.kill("worker", signal.SIGSTOP)
     job = client.submit()
-    raw_of(service).delete("transcriptions")
+    raw_of(service).delete(QUEUE_NAME)
     service.kill("worker", signal.SIGCONT)
     client.wait(job["job_id"], within=20)
 
 
 def test_repeated_bells_change_nothing(start, raw_of):
-    """A message that arrives five times costs four looks at an empty queue."""
+    """A message that arrives five more times costs five looks at an empty queue."""
     service, client = start()
     service.kill("worker", signal.SIGSTOP)
     job = client.submit()
+    bell = doorbell(celery_app(service.redis_url), "whatever it hints at")
     raw = raw_of(service)
-    bells = raw.lrange("transcriptions", 0, -1)
-    raw.lpush("transcriptions", *bells * 4)
+    raw.lpush(QUEUE_NAME, *[bell] * 5)
     service.kill("worker", signal.SIGCONT)
     client.wait(job["job_id"], within=20)
-    wait_until(lambda: raw.llen("transcriptions") == 0, 10)
+    wait_until(lambda: raw.llen(QUEUE_NAME) == 0, 10)
     assert completed_runs(service) == 1
 
 
