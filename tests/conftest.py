@@ -25,6 +25,14 @@ FOX = SAMPLES / "quick-brown-fox.wav"
 FOX_WORDS = "the quick brown fox jumps over the lazy dog"
 
 
+def pytest_configure() -> None:
+    """A run in the background (`&`, nohup) ignores SIGINT and SIGHUP, and so would every program that
+    the tests start. A handler, unlike an ignored signal, is not passed on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
