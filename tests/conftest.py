@@ -26,8 +26,8 @@ FOX_WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def pytest_configure() -> None:
-    """A run in the background (`&`, nohup) ignores SIGINT and SIGHUP, and so would every program that
-    the tests start. A handler, unlike an ignored signal, is not passed on."""
+    """A run in the background (`&`, nohup) ignores SIGINT and SIGHUP, and so would every program
+    that the tests start. A handler, unlike an ignored signal, is not passed on."""
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
