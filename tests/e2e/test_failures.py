@@ -128,6 +128,24 @@ def _is_on_disk(service) -> bool:
     return any(path.stat().st_size for path in folder.rglob("*.aof"))
 
 
+def test_a_stalled_redis_is_an_error_within_seconds_and_no_loss(start):
+    """SIGSTOP: nobody hangs on it, and what was accepted completes when it goes on."""
+    service, client = start()
+    service.kill("worker", signal.SIGSTOP)
+    job = client.submit()
+    service.kill("Redis", signal.SIGSTOP)
+    for path in ("/health/ready", f"/status/{job['job_id']}"):
+        answer = client.http.get(path, timeout=10)
+        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    answer = client.http.post("/transcribe", files={"file": FOX.read_bytes()}, timeout=10)
+    assert answer.status_code == 503
+    assert client.http.get("/health/live").status_code == 200
+    service.kill("Redis", signal.SIGCONT)
+    service.kill("worker", signal.SIGCONT)
+    client.wait(job["job_id"], within=RECOVERY_SECONDS)
+    assert client.text(job["job_id"]) == FOX_WORDS
+
+
 def test_an_emptied_redis_loses_no_accepted_job(begun, raw_of, tmp_path):
     """FLUSHALL: manifests bring back what ran and what waited; the old claim writes nothing."""
     service, client, job_id = begun()
