@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo run test check format lock clean
@@ -33,11 +33,12 @@ format: $(VENV)/.installed-dev ## rewrite the code as the linter wants it
 	@$(BIN)/ruff format .
 
 lock: $(VENV)/.installed-dev ## compile requirements/*.txt from pyproject.toml (needs the package index)
-	@$(LOCK) --all-extras --group dev -o requirements/dev.txt
-	@$(LOCK) --extra api -c requirements/dev.txt -o requirements/api.txt
-	@$(LOCK) --extra worker -c requirements/dev.txt -o requirements/worker.txt
-	@$(LOCK) --extra monitor -c requirements/dev.txt -o requirements/monitor.txt
-	@$(LOCK) --extra api --extra worker --extra client --extra local -c requirements/dev.txt \
+	@$(LOCK) pyproject.toml --all-extras --group dev -o requirements/dev.txt
+	@$(LOCK) pyproject.toml --extra api -c requirements/dev.txt -o requirements/api.txt
+	@$(LOCK) pyproject.toml --extra worker -c requirements/dev.txt -o requirements/worker.txt
+	@$(LOCK) pyproject.toml --extra monitor -c requirements/dev.txt -o requirements/monitor.txt
+	@$(LOCK) --group cuda -o requirements/cuda.txt
+	@$(LOCK) pyproject.toml --extra api --extra worker --extra client --extra local -c requirements/dev.txt \
 		-o requirements/local.txt
 
 clean: ## remove the virtual environment and caches (keeps .data)

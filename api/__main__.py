@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 import uvicorn
 
@@ -21,23 +23,30 @@ def main() -> int:
     except InvalidSettings as exc:
         print(exc.message, file=sys.stderr)
         return EXIT_CONFIG
-    if settings.workers > 1:
-        # Each process counts in files here; set before prometheus_client is imported by any.
-        folder = settings.data_dir.absolute() / f"metrics-{settings.port}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    uvicorn.run(
-        "api.app:create_app",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=GRACEFUL_SECONDS,
-    )
+    with counters(settings.workers):
+        uvicorn.run(
+            "api.app:create_app",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        )
     return 0
+
+
+@contextmanager
+def counters(processes: int) -> Iterator[None]:
+    """Several processes count in files of a folder of their own, not in DATA_DIR, which replicas
+    share. Set before any of them imports prometheus_client."""
+    if processes == 1:
+        yield
+        return
+    with TemporaryDirectory(prefix="whisper-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        yield
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+from urllib.parse import quote
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -18,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.errors import InvalidSettings
 
 DEMO_MODEL = "demo"
+SECRETS = Path("/run/secrets")
 
 
 class Device(StrEnum):
@@ -44,7 +46,9 @@ class ComputeType(StrEnum):
 class Settings(BaseSettings):
     """Both sides read the same settings, so that API and worker agree on model and limits."""
 
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     # --- model
     model_size: str = Field(
@@ -82,6 +86,9 @@ class Settings(BaseSettings):
     # --- storage
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"), description="Job store, broker and cache."
+    )
+    redis_password: SecretStr = Field(
+        SecretStr(""), description="Goes into a REDIS_URL that has none; any characters."
     )
     data_dir: Path = Field(
         Path(".data"), description="Uploads rest here; API and workers share it."
@@ -133,6 +140,16 @@ class Settings(BaseSettings):
             )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_redis_address(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """What connects reads the URL alone. A password without a URL belongs to another Redis than
+        the default one: Compose and `make run` may share a .env."""
+        url, password = _plain(data.get("redis_url")), _plain(data.get("redis_password"))
+        if not (url and password):
+            return data
+        return {**data, "redis_url": SecretStr(_with_password(url, password))}
+
     @model_validator(mode="after")
     def _reaper_sees_leases(self) -> Self:
         if self.reap_interval_seconds > self.lease_seconds:
@@ -172,8 +189,13 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Reads the settings; raises InvalidSettings with a sentence that names what to mend."""
+    """Reads the settings; raises InvalidSettings with a sentence that names what to mend.
+
+    A file in /run/secrets that is named like a setting is read, too (Docker's secrets).
+    """
     _reject_typos()
+    if SECRETS.is_dir():
+        overrides = {"_secrets_dir": SECRETS, **overrides}
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as exc:
@@ -192,6 +214,16 @@ def _reject_typos() -> None:
         close = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85)
         if close and name.upper() not in names:
             raise InvalidSettings(f"Unknown name {name} in .env: did you mean {close[0]}?")
+
+
+def _plain(value: object) -> str:
+    return str(value.get_secret_value() if isinstance(value, SecretStr) else value or "")
+
+
+def _with_password(url: str, password: str) -> str:
+    scheme, _, rest = url.partition("://")
+    has_login = "@" in rest.partition("/")[0]
+    return url if has_login or scheme == "unix" else f"{scheme}://:{quote(password, safe='')}@{rest}"
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 HANDBACK_SECONDS = 15  # after the drain: what a segment may take until it sees the stop
 
 
+class TranscriptionFailed(Exception):
+    """Makes Celery count the task as failed. The store knows why already."""
+
+
 def run(settings: Settings) -> int:
     """Serves until told to stop. Returns the exit status. Raises ModelUnavailable,
     InvalidSettings."""
@@ -111,9 +115,13 @@ def pin(cpus: frozenset[int]) -> None:
 def serve(celery: Celery, service: Service) -> int:
     """Listens for bells until a signal says stop, then drains."""
 
-    @celery.task(name=TASK_NAME, ignore_result=True)
-    def transcribe(_hint: str) -> None:
-        transcribe_next(service)
+    @celery.task(name=TASK_NAME, ignore_result=True, throws=(TranscriptionFailed,))
+    def transcribe(_hint: str) -> str:
+        """The answer is for Flower's eyes: nothing else reads it."""
+        ended = transcribe_next(service)
+        if ended and ended.end == "failed":
+            raise TranscriptionFailed(str(ended))
+        return str(ended or "nothing to do")
 
     @worker_shutting_down.connect(weak=False)
     def drain(**_: Any) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from shared.broker import short
 from shared.errors import (
     EngineFailure,
     InputMissing,
@@ -53,18 +54,31 @@ class Service:
     draining: threading.Event = field(default_factory=threading.Event)
 
 
-def transcribe_next(service: Service) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """What became of a claimed transcription; Flower shows its text as the task's result."""
+
+    end: str  # see work
+    transcription: str  # see shared.broker.short
+    attempt: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.transcription} {self.end} in {self.seconds:.1f} s, attempt {self.attempt}"
+
+
+def transcribe_next(service: Service) -> Ended | None:
     """Runs the transcription that should run next; returns at once when there is none."""
     if service.draining.is_set():
-        return
+        return None
     try:
         claim = service.store.claim()
     except StoreUnavailable:
         log.warning("no claim: the store is away", extra={"action": "claim_failed"})
-        return
+        return None
     if claim is None:
-        return
-    context.set({"fingerprint": claim.fingerprint[:12], "attempt": str(claim.attempt)})
+        return None
+    context.set({"fingerprint": short(claim.fingerprint), "attempt": str(claim.attempt)})
     service.metrics.queue_wait.observe(max(0.0, time.time() - claim.queued_at.timestamp()))
     service.metrics.active.inc()
     began = time.perf_counter()
@@ -76,8 +90,10 @@ def transcribe_next(service: Service) -> None:
         service.metrics.active.dec()
         service.metrics.busy_seconds.inc(time.perf_counter() - began)
     service.metrics.jobs.labels(end, service.engine.model.name).inc()
+    seconds = time.perf_counter() - began
     if end in {"completed", "failed"}:
-        service.metrics.duration.observe(time.perf_counter() - began)
+        service.metrics.duration.observe(seconds)
+    return Ended(end, short(claim.fingerprint), claim.attempt, seconds)
 
 
 def work(service: Service, claim: Claim, run: Run) -> str:
