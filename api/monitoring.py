@@ -183,6 +183,14 @@ class _FromStore:
         size = GaugeMetricFamily("whisper_transcript_bytes", "Transcripts kept in the job store")
         size.add_metric([], self.snapshot.counters.get("transcript_bytes", 0))
         yield size
+        memory = GaugeMetricFamily(
+            "whisper_store_memory_bytes",
+            "Memory of the job store's server; max is 0 when it has no limit",
+            labels=["kind"],
+        )
+        memory.add_metric(["used"], self.snapshot.memory_used_bytes)
+        memory.add_metric(["max"], self.snapshot.memory_max_bytes)
+        yield memory
 
 
 def _store_registry(state: State, snapshot: Snapshot | None) -> CollectorRegistry:

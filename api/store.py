@@ -21,7 +21,7 @@ from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import RedisError, ResponseError
 
 from shared import keys
-from shared.broker import QUEUE_NAME, doorbell
+from shared.broker import QUEUE_NAME, doorbell, short
 from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable
 from shared.jobs import Job
 from shared.scripts import has_script_flags, source
@@ -53,6 +53,8 @@ class Snapshot:
     processing: int
     counters: Mapping[str, int]
     workers: tuple[Mapping[str, Any], ...]  # what each live worker says of itself
+    memory_used_bytes: int = 0
+    memory_max_bytes: int = 0  # 0: the server has no limit
 
     @property
     def warm_workers(self) -> int:
@@ -104,7 +106,7 @@ class JobStore:
         if outcome == "exists":
             outcome = "new"  # a reaper found the manifest first, and submitted it for us
         if outcome == "new":
-            await self._ring(manifest.fingerprint)
+            await self._ring(short(manifest.fingerprint))
         return Submission(outcome, leader)
 
     async def read(self, job_id: str) -> Job:
@@ -139,7 +141,7 @@ class JobStore:
         return str(await self._run("erase", job_id))
 
     async def snapshot(self) -> Snapshot:
-        """Six cheap reads in one round trip, whatever the length of the queue."""
+        """Seven cheap reads in one round trip, whatever the length of the queue."""
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.time()
@@ -148,7 +150,8 @@ class JobStore:
                 pipe.zcard(keys.LEASES)
                 pipe.hgetall(keys.COUNTERS)
                 pipe.zrange(keys.WORKERS, 0, -1)
-                now, queued, oldest, processing, counters, ids = await pipe.execute()
+                pipe.info("memory")
+                now, queued, oldest, processing, counters, ids, memory = await pipe.execute()
             reports = await self._redis.mget([keys.worker(i) for i in ids]) if ids else []
         except RedisError as exc:
             raise _unavailable(exc) from exc
@@ -159,6 +162,8 @@ class JobStore:
             processing=processing,
             counters={name: int(value) for name, value in counters.items()},
             workers=tuple(json.loads(report) for report in reports if report),
+            memory_used_bytes=memory["used_memory"],
+            memory_max_bytes=memory["maxmemory"],
         )
 
     async def _ring(self, hint: str) -> None:

@@ -337,6 +337,18 @@ async def test_the_snapshot_counts_what_happened(store, worker, settings):
     assert (await store.snapshot()).workers == ()
 
 
+async def test_the_snapshot_says_how_full_the_server_is(store, raw):
+    """For the alert that comes before jobs are refused."""
+    assert (await store.snapshot()).memory_max_bytes == 0
+    raw.config_set("maxmemory", "300mb")
+    try:
+        seen = await store.snapshot()
+    finally:
+        raw.config_set("maxmemory", 0)
+    assert seen.memory_max_bytes == 300 * 1024 * 1024
+    assert 0 < seen.memory_used_bytes < seen.memory_max_bytes
+
+
 async def test_scripts_come_back_after_the_server_forgot_them(store, worker, settings, raw):
     """A restarted Redis has no scripts; nobody notices."""
     await store.submit(manifest(settings, "a"))
