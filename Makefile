@@ -8,10 +8,10 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check format lock clean
+.PHONY: help demo run test compose-test check format lock clean
 
 help: ## print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed-local ## install, start everything, transcribe the sample, print it, stop
 	@$(BIN)/python -m local demo
@@ -21,6 +21,9 @@ run: $(VENV)/.installed-local ## start the whole service on 127.0.0.1:${PORT:-80
 
 test: $(VENV)/.installed-dev ## install and run the tests
 	@$(BIN)/python -m pytest
+
+compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compose stack (Docker, port 80)
+	@$(BIN)/python -m pytest tests/compose -m compose -s
 
 check: $(VENV)/.installed-dev ## lint, types and import rules
 	@$(BIN)/ruff check .

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 
 import uvicorn
@@ -23,6 +24,7 @@ def main() -> int:
     except InvalidSettings as exc:
         print(exc.message, file=sys.stderr)
         return EXIT_CONFIG
+    raise_file_limit()
     with counters(settings.workers):
         uvicorn.run(
             "api.app:create_app",
@@ -35,6 +37,13 @@ def main() -> int:
             timeout_graceful_shutdown=GRACEFUL_SECONDS,
         )
     return 0
+
+
+def raise_file_limit() -> None:
+    """Each waiting client is an open file; many systems allow 1,024 unless asked for more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS has a limit of its own below "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

@@ -49,6 +49,9 @@ def catalogue() -> list[tuple[str, int, str]]:
         "method_not_allowed": (405, "This address does not take that method."),
         "http_error": (400, "The request is not one that this address takes."),
         "internal_error": (500, "An error on our side; the log has it under the request_id."),
+        # nginx's own (deploy/nginx/templates/answers.conf.template)
+        "rate_limited": (429, "Too many requests from one address. Try again after Retry-After."),
+        "unavailable": (503, "No API replica answered nginx. Try again after Retry-After."),
     }
     for kind in leaves(errors.ServiceError):
         if issubclass(kind, errors.MediaError | errors.TranscriptionError):
