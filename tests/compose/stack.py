@@ -42,28 +42,34 @@ def docker(*arguments: str) -> str:
 class Stack:
     """A project of its own name, with settings of its own instead of those of .env."""
 
-    def __init__(self, folder: Path, project: str, **environment: str):
+    def __init__(self, folder: Path, project: str, files: tuple[str, ...] = (), **environment: str):
+        """`files`: Compose files, where it is not docker-compose.yml alone."""
         names = {name.upper() for name in Settings.model_fields}
         self.project = project
         self._environment = {n: v for n, v in os.environ.items() if n not in names}
         env_file = folder / "compose.env"
         env_file.write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
-        self._command = [*compose_command(), "-p", project, "--env-file", str(env_file)]
+        named = [part for file in files for part in ("-f", file)]
+        self._command = [*compose_command(), *named, "-p", project, "--env-file", str(env_file)]
         self.port = int(environment.get("HTTP_PORT", 80))
         self.http = httpx2.Client(
             base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False
         )
 
     def compose(self, *arguments: str) -> str:
+        return self.piped(b"", *arguments).decode()
+
+    def piped(self, data: bytes, *arguments: str) -> bytes:
+        """What a command that reads `data` writes."""
         done = subprocess.run(
             [*self._command, *arguments],
             cwd=ROOT,
             env=self._environment,
+            input=data,
             capture_output=True,
-            text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, (done.stdout[-2000:] + done.stderr[-2000:]).decode()
         return done.stdout
 
     @property
@@ -80,6 +86,10 @@ class Stack:
         wanted = [f"--scale={name}={number}" for name, number in scales.items()]
         self.compose("up", "-d", *wanted, *(names or self.services))
         self.wait_healthy()
+
+    def remove(self) -> None:
+        self.http.close()
+        self.compose("down", "--volumes", "--timeout", "5")
 
     def wait_healthy(self) -> None:
         def ask() -> bool:

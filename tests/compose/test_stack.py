@@ -50,8 +50,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     finally:
         LOGS.parent.mkdir(exist_ok=True)
         LOGS.write_text(stack.compose("logs", "--no-color", "--timestamps"))
-        stack.compose("down", "--volumes", "--timeout", "5")
-        stack.http.close()
+        stack.remove()
 
 
 @pytest.fixture
@@ -221,6 +220,73 @@ def test_a_job_that_waits_outlives_down_and_up(stack, tmp_path):
         assert stack.wait_completed(job).strip() == FOX_WORDS
 
 
+def test_a_backup_brings_back_results_and_waiting_jobs(stack, tmp_path):
+    """The commands of DEPLOYMENT.md, on volumes that are deleted in between."""
+    done = stack.submit(variant(tmp_path / "done.wav", 9_100_000))
+    stack.wait_completed(done)
+    stack.compose("stop", "worker")
+    waiting = stack.submit(variant(tmp_path / "waiting.wav", 9_100_001))
+    stack.compose("stop", "nginx", "api", "worker")
+    stack.compose("stop", "redis")
+    once = ["run", "--rm", "--no-deps", "-T", "--entrypoint"]
+    pack = ["-C", "/data", "-czf", "-", "."]
+    copies = {name: stack.piped(b"", *once, "tar", name, *pack) for name in ("redis", "api")}
+    stack.compose("down", "--volumes")
+    for name, copy in copies.items():
+        stack.piped(copy, *once, "sh", name, "-c", "rm -rf /data/* && tar -C /data -xzf -")
+    stack.up()
+    for job in (done, waiting):
+        assert stack.wait_completed(job).strip() == FOX_WORDS
+
+
+def test_the_api_is_replaced_without_a_failed_read(stack, load):
+    """New replicas first, then the old ones go, as DEPLOYMENT.md says. An upload may meet the
+    moment in which its replica closes; everything else must not notice."""
+    old = stack.containers("api")
+    stack.compose("up", "-d", "--no-deps", "--no-recreate", "--scale=api=4", "api")
+    stack.wait_healthy()
+    docker("stop", "-t", "45", *old)
+    docker("rm", *old)
+    stack.compose("up", "-d", *stack.services)
+    stack.wait_healthy()
+    load.wait_for(5)
+    assert [failure for failure in load.failures if not failure.startswith("POST")] == []
+    assert len(load.failures) <= 1, load.failures
+
+
+def test_https_with_the_tls_file(tmp_path):
+    """The trial certificate of DEPLOYMENT.md; HTTP leads to HTTPS."""
+    folder = tmp_path / "tls"
+    folder.mkdir(mode=0o755)
+    tmp_path.chmod(0o755)
+    make = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    files = ["-keyout", folder / "privkey.pem", "-out", folder / "fullchain.pem"]
+    subprocess.run(["openssl", *make, *files], check=True, capture_output=True)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # the engine may run as another user; what is tested is no secret
+    ports = {"HTTP_PORT": str(free_port()), "NGINX_TLS_PORT": str(free_port())}
+    stack = Stack(
+        tmp_path,
+        f"compose-tls-{os.getpid()}",
+        ("docker-compose.yml", "docker-compose.tls.yml"),
+        **SETTINGS,
+        **ports,
+        NGINX_TLS_DIR=str(folder),
+        API_REPLICAS="1",
+    )
+    try:
+        stack.up("redis", "api", "nginx")
+        secure = f"https://localhost:{ports['NGINX_TLS_PORT']}/health"
+        answer = httpx2.get(secure, verify=False, trust_env=False)
+        assert (answer.status_code, answer.json()["redis"]) == (200, "ok")
+        assert "max-age=" in answer.headers["strict-transport-security"]
+        plain = stack.http.get("/health")
+        assert plain.status_code == 308
+        assert plain.headers["location"].startswith("https://")
+    finally:
+        stack.remove()
+
+
 def test_logs_are_json_lines_without_names_or_text(stack):
     for service in ("api", "worker", "nginx"):
         lines = stack.compose("logs", "--no-color", service).splitlines()
@@ -249,7 +315,7 @@ def test_a_redis_password_of_any_characters_works(tmp_path):
         redis = stack.containers("redis")[0]
         assert "NOAUTH" in docker("exec", redis, "redis-cli", "ping")
     finally:
-        stack.compose("down", "--volumes", "--timeout", "2")
+        stack.remove()
 
 
 def test_sizes_of_the_images(capsys):

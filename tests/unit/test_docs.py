@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from dotenv import dotenv_values
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
@@ -32,6 +34,7 @@ from shared.options import TranscriptionOptions, VadParameters
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.conftest import FOX_WORDS, ROOT
+from tests.unit.test_settings import compose_config, env_example, uncommented
 from worker.health import serve
 
 DOCUMENTS = ("README.md", "QUICKSTART.md", "API_DOCS.md", "DEPLOYMENT.md", "CHANGELOG.md")
@@ -331,6 +334,8 @@ def shape(value: Any) -> Any:
 
 
 def test_every_curl_command_asks_an_endpoint_with_fields_that_exist(routes):
+    """Of `make run` on its port, of nginx on its own."""
+    ports = {Settings.model_fields["port"].default, None}
     known = set(TranscriptionOptions.model_fields) | {"file"}
     asked = 0
     for name, words in commands():
@@ -343,7 +348,8 @@ def test_every_curl_command_asks_an_endpoint_with_fields_that_exist(routes):
         if url.port == 9101:
             assert f'"{path}"' in inspect.getsource(serve), (name, words)
             continue
-        assert (url.hostname, url.port) == ("localhost", Settings.model_fields["port"].default)
+        assert url.hostname == "localhost", (name, words)
+        assert url.port in ports, (name, words)
         assert f"{method} {path}" in routes, (name, words)
         assert {part.partition("=")[0] for part in form} <= known, (name, words)
         fields = dict(part.split("=", 1) for part in form)
@@ -404,21 +410,85 @@ def test_the_readme_s_table_has_every_setting_with_its_default():
 
 def test_a_copy_of_env_example_changes_nothing(tmp_path):
     """And so does one with every line uncommented."""
-    text = text_of(".env.example")
     copy = tmp_path / ".env"
-    copy.write_text(text)
+    copy.write_text(text_of(".env.example"))
     assert dotenv_values(copy) == {}
-    copy.write_text(re.sub(r"^# ([A-Z_]+=)", r"\1", text, flags=re.MULTILINE))
-    assert len(dotenv_values(copy)) == len(Settings.model_fields)
+    settings, compose_only = env_example()
+    assert len(settings) == len(Settings.model_fields)
+    assert dotenv_values(uncommented(tmp_path)) == settings | compose_only
     assert Settings(_env_file=copy) == Settings(_env_file=None)
 
 
 def test_every_name_in_capitals_is_a_setting():
     """A setting that is renamed must not live on in a document."""
-    others = {"HF_HOME", "JOB", "PYTHON", "VERBOSE_JSON"}
+    others = {"HF_HOME", "JOB", "PYTHON", "VERBOSE_JSON", *env_example()[1]}
     for path in ours():
         for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", text_of(path)):
             assert name.lower() in Settings.model_fields or name in others, (name_of(path), name)
+
+
+def test_the_limits_of_nginx_are_documented_with_their_defaults():
+    documented = rows("DEPLOYMENT.md", "## Limits, and another proxy in front")
+    assert len(documented) == 6
+    for name, cells in documented.items():
+        assert cells[1] == f"`{env_example()[1][name]}`", name
+
+
+# --- Docker Compose -------------------------------------------------------------------------------
+
+
+def compose_commands() -> Iterator[tuple[str, list[str]]]:
+    """(document, words after `docker compose`) of every such command, in blocks and sentences."""
+    inline = [
+        (name_of(path), shlex.split(code))
+        for path in ours()
+        for code in re.findall(r"`(docker[ -]compose [^`\n]*)`", prose(path))
+    ]
+    for name, words in [*commands(), *inline]:
+        ends = [place for place, word in enumerate(words) if word in {"<", ">", "..."}]
+        kept = words[: min(ends, default=len(words))]
+        if kept[:2] == ["docker", "compose"]:
+            yield name, kept[2:]
+        elif kept[:1] == ["docker-compose"]:
+            yield name, kept[1:]
+
+
+def test_every_compose_command_names_files_and_services_that_exist():
+    services = set(yaml.safe_load(text_of("docker-compose.yml"))["services"])
+    verbs = set()
+    values = {"--scale", "--entrypoint", "--tail"}
+    for name, words in compose_commands():
+        files = 0
+        while words[files : files + 1] == ["-f"]:
+            assert (ROOT / words[files + 1]).is_file(), (name, words)
+            files += 2
+        verb, *rest = words[files:]
+        verbs.add(verb)
+        scaled = [rest[i + 1].partition("=")[0] for i, word in enumerate(rest) if word == "--scale"]
+        named = [
+            word
+            for before, word in pairwise(["", *rest])
+            if not word.startswith("-") and before not in values
+        ]
+        if verb in {"exec", "run"}:
+            named = named[:1]
+        assert set(named) | set(scaled) <= services, (name, words)
+    assert {"up", "stop", "down", "exec", "run", "logs"} <= verbs
+
+
+def test_compose_accepts_every_file_that_deployment_shows(tmp_path):
+    """As docker-compose.override.yml, beside the file that it changes."""
+    (tmp_path / "empty.env").touch()
+    shown = blocks(ROOT / "DEPLOYMENT.md", "yaml")
+    assert shown
+    for number, block in enumerate(shown):
+        added = tmp_path / f"{number}.yml"
+        added.write_text(block)
+        merged = compose_config(tmp_path / "empty.env", "docker-compose.yml", added)
+        for name, change in yaml.safe_load(block).get("services", {}).items():
+            given = merged["services"][name]
+            assert change.get("environment", {}).items() <= given.get("environment", {}).items()
+            assert set(change.get("networks", [])) <= set(given["networks"])
 
 
 def exported() -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -520,6 +590,12 @@ def test_every_relative_link_and_anchor_resolves():
             assert other.exists(), f"{name_of(path)} links to {target}"
             if anchor:
                 assert anchor in anchors(other), f"{name_of(path)} links to {target}"
+
+
+def test_the_contents_of_deployment_are_its_sections():
+    text = prose(ROOT / "DEPLOYMENT.md")
+    listed = re.findall(r"^- \[(.*)\]\(#.*\)$", text, re.MULTILINE)
+    assert listed == re.findall(r"^## (.*)", text, re.MULTILINE)
 
 
 def test_every_file_that_is_mentioned_exists():
