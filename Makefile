@@ -8,7 +8,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test compose-test check format lock clean
+.PHONY: help demo run test compose-test bench check format lock clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ test: $(VENV)/.installed-dev ## install and run the tests
 
 compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compose stack (Docker, port 80)
 	@$(BIN)/python -m pytest tests/compose -m compose -s
+
+bench: $(VENV)/.installed-dev ## measure ratios against faster-whisper; writes bench/RESULTS.md (minutes)
+	@$(BIN)/python -m bench
 
 check: $(VENV)/.installed-dev ## lint, types and import rules
 	@$(BIN)/ruff check .

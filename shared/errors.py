@@ -15,7 +15,7 @@ ServiceError
 │   └── UnreadableMedia, NoAudioStream, TruncatedMedia, AudioTooLong, AudioTooShort
 ├── TranscriptionError        the work failed on our side
 │   └── WorkerLost, InputMissing, EngineFailure, HandbackLimit
-└── ModelUnavailable, InvalidSettings               ends start-up with one sentence
+└── ModelUnavailable, DecoderUnavailable, InvalidSettings   ends start-up with one sentence
 
 The class docstring is the default message; `code` is the stable name that clients switch on.
 """
@@ -216,6 +216,12 @@ class ModelUnavailable(ServiceError):
     """The speech model can't be loaded."""
 
     code = "model_unavailable"
+
+
+class DecoderUnavailable(ServiceError):
+    """The media decoder can't be used."""
+
+    code = "decoder_unavailable"
 
 
 class InvalidSettings(ServiceError):

@@ -15,8 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from shared.languages import LANGUAGES
 
 # Raised whenever the same options and model begin to give another transcript.
-ENGINE_REVISION = "1"
+ENGINE_REVISION = "2"
 
+Mode = Literal["batched", "sequential"]
 Task = Literal["transcribe", "translate"]
 
 
@@ -63,6 +64,11 @@ class TranscriptionOptions(BaseModel):
     language: str | None = Field(
         None,
         description="Code of the spoken language (`en`, `de`...); detected when absent or auto.",
+    )
+    mode: Mode = Field(
+        "batched",
+        description="`batched` decodes windows independently, `sequential` with the text before "
+        "them as context.",
     )
     task: Task = Field("transcribe", description="`translate` writes English.")
     vad_filter: bool = Field(True, description="Skip stretches without speech.")

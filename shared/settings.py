@@ -222,8 +222,9 @@ def _plain(value: object) -> str:
 
 def _with_password(url: str, password: str) -> str:
     scheme, _, rest = url.partition("://")
-    has_login = "@" in rest.partition("/")[0]
-    return url if has_login or scheme == "unix" else f"{scheme}://:{quote(password, safe='')}@{rest}"
+    if "@" in rest.partition("/")[0] or scheme == "unix":
+        return url
+    return f"{scheme}://:{quote(password, safe='')}@{rest}"
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -20,7 +20,8 @@ from shared.errors import InvalidSettings, StoreUnavailable
 from shared.settings import Settings, parse_cpus
 from shared.storage import Storage
 from worker import health
-from worker.engine import model
+from worker.engine import ffmpeg, model
+from worker.engine.decode import Decoder
 from worker.engine.engine import Engine
 from worker.heartbeat import Heartbeat
 from worker.reaper import Reaper
@@ -38,9 +39,12 @@ class TranscriptionFailed(Exception):
 
 def run(settings: Settings) -> int:
     """Serves until told to stop. Returns the exit status. Raises ModelUnavailable,
-    InvalidSettings."""
+    DecoderUnavailable, InvalidSettings."""
     if settings.worker_cpus:
         pin(parse_cpus(settings.worker_cpus))
+    ffmpeg.require_version()
+    decoder = Decoder()
+    decoder.start()  # it is ready when the model is
     loaded = model.load(settings)
     log.info(
         "model is warm",
@@ -78,7 +82,12 @@ def run(settings: Settings) -> int:
         counted.heartbeat.set,
     )
     reaper = Reaper(store, storage, settings, lambda kind, n: counted.cleaned.labels(kind).inc(n))
-    engine = Engine(loaded, max_audio_seconds=settings.max_audio_seconds)
+    engine = Engine(
+        loaded,
+        replicas=settings.worker_slots,
+        max_audio_seconds=settings.max_audio_seconds,
+        decoder=decoder,
+    )
     service = Service(settings, store, storage, engine, heartbeat, reaper, counted)
     endpoint = health.serve(
         settings.worker_http_host,
@@ -96,6 +105,7 @@ def run(settings: Settings) -> int:
         # Leases are renewed until the last task is done.
         reaper.stop()
         heartbeat.stop()
+        engine.close()
         endpoint.shutdown()
         with suppress(StoreUnavailable):  # then its report ends by itself
             store.retire()

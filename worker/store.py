@@ -132,7 +132,9 @@ class WorkerStore:
     def ring(self, missing: int) -> None:
         """Pushes so many bells."""
         with _translated():
-            self._redis.lpush(QUEUE_NAME, *(doorbell(self._celery, "reaper") for _ in range(missing)))
+            self._redis.lpush(
+                QUEUE_NAME, *(doorbell(self._celery, "reaper") for _ in range(missing))
+            )
 
     def bells(self) -> int:
         """How many messages wait."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import wave
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -22,7 +24,7 @@ from tests.e2e.conftest import (
     variant,
     worker_metric,
 )
-from tests.model.media import samples_of
+from tests.model.media import encode, samples_of
 
 EXACT = {"temperature": "0", "vad_filter": "false", "language": "en"}
 LEASE_SECONDS = 4
@@ -212,6 +214,38 @@ def test_cancelling_stops_the_work_within_a_segment(begun):
     client.wait(client.submit()["job_id"])
 
 
+def test_a_file_that_crashes_its_decoder_fails_alone(start, tmp_path):
+    """SIGSEGV where FFmpeg works on it: a clear error at the first attempt, no other process is
+    hurt, and what runs and waits beside it completes."""
+    service, client = start(worker_slots="2")
+    worker = service.popen("worker").pid
+    silence = encode(tmp_path / "hours.flac", np.zeros(3 * 3600 * 16_000, np.int16))
+    crashing = client.submit(silence)["job_id"]
+    decoder = wait_until(lambda: _decoder_of(worker, crashing), 30, "its decoder runs")
+    beside = [client.submit(variant(tmp_path / f"{n}.wav", n))["job_id"] for n in range(4)]
+    os.kill(decoder, signal.SIGSEGV)
+    status = client.wait(crashing, "failed")
+    assert status["error"]["code"] == "unreadable_media"
+    assert "decoder failed on this file (SIGSEGV)" in status["error"]["message"]
+    assert status["attempts"] == 1
+    for job in beside:
+        assert client.wait(job)["attempts"] == 1
+        assert client.text(job) == FOX_WORDS
+    assert service.popen("worker").pid == worker
+    assert worker_metric(service, "worker", "whisper_jobs_total", status="failed") == 1
+    wait_until(lambda: leftovers(service) == [], 10, "nothing is left behind")
+
+
+def _decoder_of(worker: int, job_id: str) -> int | None:
+    """The process that has the job's upload open, and is no thread of the worker itself."""
+    for server in _children(worker):
+        for child in _children(server):
+            with suppress(OSError):
+                if job_id in os.readlink(f"/proc/{child}/fd/3"):
+                    return child
+    return None
+
+
 def test_a_killed_api_loses_no_accepted_job(start, tmp_path):
     """What was answered with 202 completes."""
     service, client = start()
@@ -293,7 +327,11 @@ def test_several_api_processes_count_as_one(start, tmp_path):
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
 
 
 def _command(pid: int) -> str:

@@ -21,12 +21,6 @@ TRUTH = json.loads((SAMPLES / "transcripts.json").read_text())
 EXACT = ["quick-brown-fox.wav", "two-sentences.wav", "de.wav", "fr.wav", "es.wav"]
 
 
-@pytest.fixture(scope="session")
-def engine() -> Engine:
-    settings = Settings(_env_file=None, model_size="demo", cpu_threads=2)
-    return Engine(model.load(settings), max_audio_seconds=3600)
-
-
 def transcribe(engine: Engine, path, checkpoint=lambda share: None, **options) -> Transcript:
     chosen = TranscriptionOptions(**options)
     return engine.transcribe(path, chosen, checkpoint, lambda stage, seconds: None)
@@ -34,9 +28,10 @@ def transcribe(engine: Engine, path, checkpoint=lambda share: None, **options) -
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("vad_filter", [True, False], ids=["vad", "no-vad"])
-def test_the_samples_are_transcribed_word_by_word(engine, name, vad_filter):
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
+def test_the_samples_are_transcribed_word_by_word(engine, name, mode, vad_filter):
     """Real decode, real VAD, real CTranslate2; language detected."""
-    result = transcribe(engine, SAMPLES / name, vad_filter=vad_filter)
+    result = transcribe(engine, SAMPLES / name, mode=mode, vad_filter=vad_filter)
     assert result.text == TRUTH[name]["text"]
     assert result.language == TRUTH[name]["language"]
     assert result.language_probability > 0.5
@@ -67,35 +62,12 @@ def test_words_have_times_when_asked(engine):
 
 
 @pytest.mark.parametrize("name", ["silence.wav", "noise.wav"])
+@pytest.mark.parametrize("mode", ["batched", "sequential"])
 @pytest.mark.parametrize("options", [{}, {"vad_filter": False}, {"language": "en"}], ids=str)
-def test_silence_and_noise_give_no_words(engine, name, options):
-    result = transcribe(engine, SAMPLES / name, **options)
+def test_silence_and_noise_give_no_words(engine, name, options, mode):
+    result = transcribe(engine, SAMPLES / name, mode=mode, **options)
     assert (result.text, result.segments) == ("", [])
     assert [warning.code for warning in result.warnings] == ["no_speech"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"vad_filter": False},
-        {"language": "en", "beam_size": 1},
-        {"without_timestamps": True},
-        {"initial_prompt": "please listen", "hotwords": "fox"},
-        {"condition_on_previous_text": False, "word_timestamps": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", ["quick-brown-fox.wav", "two-sentences.wav", "de.wav"])
-def test_the_text_is_exactly_faster_whispers(engine, name, options):
-    """The same options through WhisperModel.transcribe give the same segments."""
-    ours = transcribe(engine, SAMPLES / name, **options)
-    theirs, info = engine.model.whisper.transcribe(
-        str(SAMPLES / name), **{"vad_filter": True, **options}
-    )
-    expected = [(round(s.start, 3), round(s.end, 3), s.text) for s in theirs]
-    assert [(s.start, s.end, s.text) for s in ours.segments] == expected
-    assert ours.language == info.language
 
 
 @pytest.mark.parametrize("suffix", ["mp3", "m4a", "ogg", "webm", "flac", "mp4"])

@@ -14,7 +14,8 @@ from worker.engine import model
 from worker.engine.engine import Engine
 from shared.options import TranscriptionOptions
 from shared.settings import Settings
-engine = Engine(model.load(Settings(_env_file=None, model_size="demo")), max_audio_seconds=60)
+loaded = model.load(Settings(_env_file=None, model_size="demo"))
+engine = Engine(loaded, replicas=1, max_audio_seconds=60)
 print(engine.transcribe(Path({path!r}), TranscriptionOptions(), print, print).text)
 """
 

@@ -104,7 +104,7 @@ def test_every_option_is_one_of_faster_whispers():
     """Names and defaults are the library's, so its documentation holds for us too."""
     theirs = inspect.signature(WhisperModel.transcribe).parameters
     ours = TranscriptionOptions()
-    for name in set(TranscriptionOptions.model_fields) - {"allow_partial", "vad_filter"}:
+    for name in set(TranscriptionOptions.model_fields) - {"allow_partial", "mode", "vad_filter"}:
         default = theirs[name].default
         value = getattr(ours, name)
         assert list(value) == list(default) if isinstance(value, tuple) else value == default, name

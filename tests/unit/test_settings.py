@@ -214,3 +214,44 @@ def test_a_lease_outlives_lost_heartbeats():
         assert Settings(_env_file=None, lease_seconds=lease, reap_interval_seconds=1)
         settings = Settings(_env_file=None, lease_seconds=lease, reap_interval_seconds=1)
         assert settings.heartbeat_seconds * 3 <= lease
+
+
+@pytest.mark.parametrize(
+    ("url", "password", "wanted"),
+    [
+        ("redis://redis:6379/0", 'p@s/"', "redis://:p%40s%2F%22@redis:6379/0"),
+        ("redis://:own@redis:6379/0", "other", "redis://:own@redis:6379/0"),
+        ("redis://redis:6379/0", "", "redis://redis:6379/0"),
+        ("unix:///run/redis.sock", "secret", "unix:///run/redis.sock"),
+    ],
+)
+def test_the_redis_password_goes_into_a_url_that_has_none(
+    monkeypatch, tmp_path, url, password, wanted
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setenv("REDIS_PASSWORD", password)
+    settings = load_settings()
+    assert settings.redis_url.get_secret_value() == wanted
+    assert "p@s" not in repr(settings)
+
+
+def test_a_password_without_a_url_changes_nothing(monkeypatch, tmp_path):
+    """It is that of Compose's Redis; `make run` in the same folder starts one of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REDIS_PASSWORD", "secret")
+    assert "redis_url" not in load_settings().model_fields_set
+
+
+def test_a_file_among_the_secrets_is_a_setting(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shared.settings.SECRETS", tmp_path)
+    (tmp_path / "redis_password").write_text("from the file\n")
+    monkeypatch.setenv("REDIS_URL", "redis://redis")
+    assert load_settings().redis_url.get_secret_value() == "redis://:from%20the%20file@redis"
+
+
+def test_an_empty_value_means_the_default(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CPU_THREADS", "")
+    assert load_settings().cpu_threads == Settings.model_fields["cpu_threads"].default

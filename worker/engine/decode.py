@@ -1,20 +1,30 @@
-"""Media file -> audio samples, with limits. The only place that opens what a stranger uploaded.
-
-FFmpeg (through PyAV) is told which containers, protocols and codecs it may use: playlists that name
-other files or addresses, and video decoders, are out. The samples equal those of
-`faster_whisper.decode_audio`.
+"""Media file -> audio samples, with limits. The worker's side: it never looks into what a stranger
+uploaded. A child of the decode server (worker/engine/decode_server.py) does, and streams samples
+to here; whatever becomes of that child is an answer about the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+import json
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
-from av.audio.frame import AudioFrame
-from av.container import InputContainer
-from av.error import FFmpegError, InvalidDataError
 from numpy.typing import NDArray
 
 from shared.errors import (
@@ -24,155 +34,304 @@ from shared.errors import (
     TruncatedMedia,
     UnreadableMedia,
 )
+from worker.engine import ffmpeg
+from worker.engine.decode_server import REQUEST
+from worker.engine.ffmpeg import SAMPLE_BYTES
 
-SAMPLE_RATE = 16_000
+log = logging.getLogger(__name__)
+
+SAMPLE_RATE = ffmpeg.SAMPLE_RATE
 MIN_SAMPLES = SAMPLE_RATE // 100  # one frame of the model's features
-
-CONTAINERS = (
-    "wav,w64,mp3,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,aac,aiff,amr,caf,asf,mpegts,mpeg,"
-    "avi,au,ac3,eac3"
-)
-# Decoders of sound alone: most flaws of FFmpeg are in its video decoders and in rare formats.
-_DECODERS = (
-    "aac,aac_latm,ac3,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,alac,amrnb,amrwb,dca,eac3,flac,gsm,"
-    "gsm_ms,libopus,libvorbis,mp1,mp1float,mp2,mp2float,mp3,mp3float,opus,vorbis,wmalossless,"
-    "wmapro,wmav1,wmav2"
-)
-CODECS = ",".join(
-    sorted(n for n in av.codecs_available if n in _DECODERS.split(",") or n.startswith("pcm_"))
-)
-# Containers whose header states a length that can be believed; elsewhere FFmpeg estimates it.
-STATED_DURATION = {"w64", "mp3", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "aiff", "caf"}
-MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
-RIFF_OPEN_SIZE = 0x7FFFF000
-HEAD_BYTES = 64 * 1024
 TRUNCATED_BELOW = 0.95  # of the stated duration
 TRUNCATED_SLACK_SECONDS = 0.5
 
+ROOT = Path(__file__).parents[2]
+# What the server may see of the worker's environment: no password, no token.
+ENVIRONMENT = ("PATH", "LANG", "LC_", "LD_", "DYLD_", "MALLOC_CONF", "PYTHON")
+BLOCK_BYTES = 1024 * 1024
+RECORD_BYTES = 4096
+TICK_MS = 100  # how late a checkpoint is when no samples come
+TRIES = 3  # of a file whose process was killed from outside
+REFUSALS = {kind.code: kind for kind in (NoAudioStream, UnreadableMedia)}
+MADE_TO_HARM = "It is damaged, or made to do harm. Convert the file, for example to FLAC."
 
-def decode(
-    path: Path, *, max_seconds: float, allow_partial: bool = False
-) -> tuple[NDArray[np.float32], bool]:
-    """The first audio stream as mono samples in [-1, 1] at 16 kHz, and whether the file ends early.
 
-    Raises FileNotFoundError, UnreadableMedia, NoAudioStream, AudioTooLong, AudioTooShort, and
-    TruncatedMedia unless `allow_partial`.
-    """
+@dataclass(frozen=True)
+class Limits:
+    """What one file may cost. A recording needs 0.2 s of CPU for a minute, and 150 MiB."""
+
+    cpu_seconds: int = 60
+    audio_seconds_per_cpu: int = 50  # so much decoded audio earns one more second of CPU
+    memory_bytes: int = 512 * 1024**2  # of addresses
+    silent_seconds: float = 120  # without a sample
+
+
+class DecodeServerLost(Exception):
+    """The server was killed again and again: not the file's fault."""
+
+
+class Decoder:
+    """Owns the decode server. Safe to call from several threads; each file has a process of its
+    own."""
+
+    def __init__(self, limits: Limits = Limits()):
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._server: _Server | None = None
+
+    def start(self) -> None:
+        """Starts the server ahead of the first file, which would start it otherwise."""
+        with self._lock:
+            self._running()
+
+    def close(self) -> None:
+        """Ends the server, and with it whatever is being decoded."""
+        with self._lock:
+            if self._server:
+                self._server.stop()
+                self._server = None
+
+    def decode(
+        self,
+        path: Path,
+        *,
+        max_seconds: float,
+        allow_partial: bool = False,
+        checkpoint: Callable[[], None] = lambda: None,
+    ) -> tuple[NDArray[np.float32], bool]:
+        """The first audio stream as mono samples in [-1, 1] at 16 kHz, and whether the file ends
+        early.
+
+        Raises FileNotFoundError, UnreadableMedia, NoAudioStream, AudioTooLong, AudioTooShort,
+        TruncatedMedia unless `allow_partial`, DecodeServerLost, and what `checkpoint` raises, which
+        is called at least every 0.1 s.
+        """
+        exit_code: int | None = None
+        for _ in range(TRIES):
+            began = time.perf_counter()
+            samples, found, exit_code = self._attempt(path, max_seconds, checkpoint)
+            if exit_code == 0:
+                return _judged(samples, found, allow_partial)
+            log.warning(
+                "a decoder died",
+                extra={
+                    "action": "decoder_died",
+                    "exit_code": exit_code,
+                    "seconds": round(time.perf_counter() - began, 3),
+                    "decoded_seconds": samples.seconds,
+                },
+            )
+            # Killed from outside: by the kernel, for memory that others took, or by a person.
+            if exit_code not in {None, -signal.SIGKILL}:
+                break
+        if exit_code is None:
+            raise DecodeServerLost
+        raise UnreadableMedia(_verdict(exit_code))
+
+    def _attempt(
+        self, path: Path, max_seconds: float, checkpoint: Callable[[], None]
+    ) -> tuple[_Samples, dict[str, Any], int | None]:
+        """The samples, what the child found, and its exit code: None if the server is lost."""
+        with ExitStack() as stack:  # leaving it before its end kills the child
+            with ExitStack() as sent:
+                input_ = os.open(path, os.O_RDONLY)
+                sent.callback(os.close, input_)
+                pcm, theirs = os.pipe()
+                stack.callback(os.close, pcm)
+                sent.callback(os.close, theirs)
+                record, their_record = socket.socketpair()
+                stack.enter_context(record)
+                sent.enter_context(their_record)
+                with suppress(OSError, AttributeError):  # Linux; less where a user has many pipes
+                    fcntl.fcntl(pcm, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
+                server = self._submit(max_seconds, [input_, theirs, their_record.fileno()])
+            samples = _Samples(max_seconds)
+            self._await(pcm, checkpoint)
+            while samples.read(pcm):
+                self._await(pcm, checkpoint)
+            answer = b""
+            self._await(record.fileno(), checkpoint)
+            while (more := _received(record)) and len(answer) < RECORD_BYTES:
+                answer += more
+                self._await(record.fileno(), checkpoint)
+        found, exit_code = _parsed(answer)
+        if exit_code is None and not self._is_lost(server):
+            exit_code = 1  # the child cut the line itself
+        return samples, found, exit_code
+
+    def _await(self, descriptor: int, checkpoint: Callable[[], None]) -> None:
+        """Returns when there is something to read. Ticks are counted, not time: a machine that
+        sleeps is not the file's fault."""
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        checkpoint()
+        for _ in range(math.ceil(self._limits.silent_seconds * 1000 / TICK_MS)):
+            if poll.poll(TICK_MS):
+                return
+            checkpoint()
+        raise UnreadableMedia(
+            f"The decoder stood still for {self._limits.silent_seconds:.0f} seconds on this file. "
+            f"{MADE_TO_HARM}"
+        )
+
+    def _submit(self, max_seconds: float, descriptors: list[int]) -> _Server:
+        limits = self._limits
+        most = limits.cpu_seconds + int(max_seconds / limits.audio_seconds_per_cpu) + 5
+        request = REQUEST.pack(
+            limits.cpu_seconds, most, limits.audio_seconds_per_cpu, limits.memory_bytes
+        )
+        with self._lock:
+            try:
+                server = self._running()
+                server.send(request, descriptors)
+            except (BrokenPipeError, ConnectionResetError):
+                server.stop()
+                self._server = None
+                server = self._running()
+                server.send(request, descriptors)
+            return server
+
+    def _running(self) -> _Server:
+        if self._server is None:
+            self._server = _Server()
+            weakref.finalize(self, self._server.stop)
+        return self._server
+
+    def _is_lost(self, server: _Server) -> bool:
+        if server.is_alive():
+            return False
+        log.warning("the decode server is lost", extra={"action": "decode_server_lost"})
+        with self._lock:
+            server.stop()
+            if self._server is server:
+                self._server = None
+        return True
+
+
+class _Server:
+    """The process, and the socket to it, whose end is the process's end."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker.engine.decode_server", str(theirs.fileno())],
+                cwd=ROOT,
+                env={k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def send(self, request: bytes, descriptors: list[int]) -> None:
+        socket.send_fds(self._control, [request], descriptors)
+
+    def is_alive(self) -> bool:
+        """Asked after a sign of its death, which comes a moment before the death."""
+        return not self._ends_within(1)
+
+    def stop(self) -> None:
+        self._control.close()
+        if not self._ends_within(2):
+            self._process.kill()
+            self._process.wait()
+
+    def _ends_within(self, seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=seconds)
+            return True
+        return False
+
+
+class _Samples:
+    """16-bit samples as they come, and then as floats."""
+
+    def __init__(self, max_seconds: float):
+        self._max_seconds = max_seconds
+        self._left = int(max_seconds * SAMPLE_RATE) * SAMPLE_BYTES
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._filled = BLOCK_BYTES  # of the last block
+
+    def read(self, descriptor: int) -> bool:
+        """Takes what is there; False at the end. Raises AudioTooLong."""
+        if self._filled == BLOCK_BYTES:
+            self._blocks.append(np.empty(BLOCK_BYTES, np.uint8))
+            self._filled = 0
+        size = os.readv(descriptor, [self._blocks[-1].data[self._filled :]])
+        self._filled += size
+        self._left -= size
+        if self._left < 0:
+            raise AudioTooLong(
+                f"The audio is longer than {self._max_seconds:.0f} seconds, the most this server "
+                "accepts. Split the recording."
+            )
+        return size > 0
+
+    def __len__(self) -> int:
+        size = len(self._blocks) * BLOCK_BYTES - BLOCK_BYTES + self._filled
+        return max(0, size) // SAMPLE_BYTES
+
+    @property
+    def seconds(self) -> float:
+        return len(self) / SAMPLE_RATE
+
+    def take(self) -> NDArray[np.float32]:
+        """All of them; each block is freed as soon as it is converted."""
+        floats = np.empty(len(self), np.float32)
+        place = 0
+        self._blocks.reverse()
+        while self._blocks:
+            block = self._blocks.pop().view(np.int16)[: len(floats) - place]
+            np.multiply(block, np.float32(1 / 32768), out=floats[place : place + len(block)])
+            place += len(block)
+        return floats
+
+
+def _received(record: socket.socket) -> bytes:
     try:
-        with _open(path) as container:
-            if not container.streams.audio:
-                raise NoAudioStream
-            _check_stream(container)
-            blocks = list(_samples(container, max_seconds))
-            stated = _stated_seconds(container, path)
-    except FileNotFoundError:
-        raise
-    except FFmpegError as exc:
-        raise UnreadableMedia from exc
-    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.int16)
-    seconds = len(samples) / SAMPLE_RATE
-    is_partial = stated is not None and seconds < stated * TRUNCATED_BELOW - TRUNCATED_SLACK_SECONDS
+        return record.recv(RECORD_BYTES)
+    except ConnectionResetError:
+        return b""
+
+
+def _parsed(answer: bytes) -> tuple[dict[str, Any], int | None]:
+    """What the child found, and the exit code that the server added. The child may have been taken
+    over, so nothing is believed of it but what is checked here."""
+    line, _, end = answer.rpartition(b"\n")
+    try:
+        exit_code = int(end)
+    except ValueError:
+        return {}, None
+    try:
+        found = json.loads(line) if exit_code == 0 else {}
+        return (found, exit_code) if isinstance(found, dict) else ({}, 1)
+    except ValueError:
+        return {}, 1
+
+
+def _judged(
+    samples: _Samples, found: dict[str, Any], allow_partial: bool
+) -> tuple[NDArray[np.float32], bool]:
+    log.debug("decoded", extra={"action": "decoded", "found": str(found)[:500]})
+    if code := found.get("code"):
+        kind = REFUSALS.get(code, UnreadableMedia) if isinstance(code, str) else UnreadableMedia
+        raise kind(str(found.get("message") or "")[:500] or None)
+    stated = found.get("stated_seconds")
+    stated = stated if isinstance(stated, float) else 0.0
+    is_partial = samples.seconds < stated * TRUNCATED_BELOW - TRUNCATED_SLACK_SECONDS
     if is_partial and not allow_partial:
         raise TruncatedMedia(
-            f"The file ends early: {seconds:.1f} of the {stated:.1f} seconds that its header "
-            "promises could be decoded. Upload the whole file, or send allow_partial=true."
+            f"The file ends early: {samples.seconds:.1f} of the {stated:.1f} seconds that its "
+            "header promises could be decoded. Upload the whole file, or send allow_partial=true."
         )
     if len(samples) < MIN_SAMPLES:
         raise AudioTooShort
-    return samples.astype(np.float32) / 32768.0, is_partial
+    return samples.take(), is_partial
 
 
-def _open(path: Path) -> InputContainer:
-    return av.open(
-        str(path),
-        mode="r",
-        metadata_errors="ignore",
-        timeout=10,
-        options={
-            "format_whitelist": CONTAINERS,
-            "codec_whitelist": CODECS,
-            "protocol_whitelist": "file",
-            "enable_drefs": "0",
-            "probesize": "5000000",
-            "analyzeduration": "10000000",
-            "max_streams": "64",
-        },
-    )
-
-
-def _check_stream(container: InputContainer) -> None:
-    context = container.streams.audio[0].codec_context
-    if not 4_000 <= context.sample_rate <= 384_000 or not 1 <= context.channels <= 32:
-        raise UnreadableMedia(
-            f"The file claims {context.sample_rate} samples a second in {context.channels} "
-            "channels, which no recording has."
-        )
-
-
-def _samples(container: InputContainer, max_seconds: float) -> Iterator[NDArray[np.int16]]:
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-    left = int(max_seconds * SAMPLE_RATE)
-    for frame in _with_end(_frames(container)):
-        for resampled in resampler.resample(frame):
-            block: NDArray[np.int16] = (
-                resampled.to_ndarray().astype(np.int16, copy=False).reshape(-1)
-            )
-            left -= len(block)
-            if left < 0:
-                raise AudioTooLong(
-                    f"The audio is longer than {max_seconds:.0f} seconds, the most this server "
-                    "accepts. Split the recording."
-                )
-            yield block
-
-
-def _with_end(frames: Iterator[AudioFrame]) -> Iterator[AudioFrame | None]:
-    """The frames, then None, which flushes the resampler."""
-    yield from frames
-    yield None
-
-
-def _frames(container: InputContainer) -> Iterator[AudioFrame]:
-    """Decoded frames; damaged ones are left out, as players do."""
-    frames = container.decode(audio=0)
-    while True:
-        try:
-            frame = next(frames)
-        except StopIteration:
-            return
-        except InvalidDataError:
-            continue
-        frame.pts = None  # times that jump would make the resampler insert silence
-        yield frame
-
-
-def _stated_seconds(container: InputContainer, path: Path) -> float | None:
-    """What the header says of the length; None where it says nothing that can be believed."""
-    name = container.format.name
-    stream = container.streams.audio[0]
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-    if name == "wav":
-        return _stated_by_riff(head)
-    if name == "mp3" and not any(tag in head for tag in MP3_LENGTH_TAGS):
-        return None
-    if name not in STATED_DURATION:
-        return None
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration else None
-
-
-def _stated_by_riff(head: bytes) -> float | None:
-    """A WAV's own statement; FFmpeg quietly replaces it by what the file holds. Programs that write
-    to a pipe leave it 0 or at its maximum."""
-    place, bytes_per_second = 12, 0
-    while place + 8 <= len(head):
-        kind, size = head[place : place + 4], int.from_bytes(head[place + 4 : place + 8], "little")
-        if kind == b"fmt ":
-            bytes_per_second = int.from_bytes(head[place + 16 : place + 20], "little")
-        if kind == b"data":
-            is_open = size == 0 or size >= RIFF_OPEN_SIZE
-            return None if is_open or not bytes_per_second else size / bytes_per_second
-        place += 8 + size + size % 2
-    return None
+def _verdict(exit_code: int) -> str:
+    """A sentence on a child that ended without an answer."""
+    if exit_code == -signal.SIGXCPU:
+        return f"Decoding the file takes more processor time than a recording needs. {MADE_TO_HARM}"
+    what = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+    return f"The decoder failed on this file ({what}). {MADE_TO_HARM}"

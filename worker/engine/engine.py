@@ -1,42 +1,58 @@
 """The engine: a recording and its options in, a transcript out.
 
-The one interface that the rest of the worker knows. This engine runs one transcription for each
-slot through faster-whisper, so its text is faster-whisper's own. It alone knows that library's
-types; they become ours here.
+The one interface that the rest of the worker knows: decode, find speech, cut windows, let the model
+hear them, write down. Text and times are faster-whisper's own for the same options.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from faster_whisper.transcribe import Segment as WhisperSegment
-from faster_whisper.transcribe import TranscriptionInfo
 
 from shared.options import TranscriptionOptions
-from shared.schemas import Segment, Transcript, TranscriptWarning, Word
-from worker.engine.decode import SAMPLE_RATE, decode
+from shared.schemas import Segment, Transcript
+from worker.engine import batched, sequential
+from worker.engine.decode import SAMPLE_RATE, Decoder
 from worker.engine.model import LoadedModel
+from worker.engine.scheduler import Scheduler
+from worker.engine.speech import Audio
+from worker.engine.transcript import Heard, segment_of, transcript_of
 
-# Called with the share of the audio that is done (0-1) and the stage that took the last seconds;
-# raises to stop the transcription between two segments.
+# Called with the share of the audio that is done (0-1); raises to stop between two segments.
 Checkpoint = Callable[[float], None]
 StageTimer = Callable[[str, float], None]
 
-NO_SPEECH = TranscriptWarning(code="no_speech", message="No speech was found in the recording.")
-PARTIAL = TranscriptWarning(
-    code="truncated_media", message="The file ends early; the transcript covers what was decoded."
-)
+# On a CPU a window costs the same alone and in company; a GPU is idle without company.
+MAX_BATCH = {"cpu": 1, "cuda": 16}
 
 
 class Engine:
     """Owns the warm model. Safe to call from several threads, one call for each slot."""
 
-    def __init__(self, model: LoadedModel, *, max_audio_seconds: float):
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        replicas: int,
+        max_audio_seconds: float,
+        decoder: Decoder | None = None,
+    ):
+        """`decoder`: one that has started already; the engine closes it."""
         self.model = model
+        self._decoder = decoder or Decoder()
         self._max_audio_seconds = max_audio_seconds
+        self._scheduler = Scheduler(
+            model.whisper, replicas=replicas, max_batch=MAX_BATCH[model.device]
+        )
+
+    def close(self) -> None:
+        """Ends the threads; no transcription may be under way."""
+        self._scheduler.close()
+        self._decoder.close()
 
     def transcribe(
         self,
@@ -50,78 +66,37 @@ class Engine:
         Raises a MediaError when the file can't be transcribed, and whatever `checkpoint` raises.
         """
         began = time.perf_counter()
-        audio, is_partial = decode(
-            path, max_seconds=self._max_audio_seconds, allow_partial=options.allow_partial
+        audio, is_partial = self._decoder.decode(
+            path,
+            max_seconds=self._max_audio_seconds,
+            allow_partial=options.allow_partial,
+            checkpoint=lambda: checkpoint(0.0),
         )
         stage("decode", time.perf_counter() - began)
         checkpoint(0.0)
 
         decoded = time.perf_counter()
         duration = len(audio) / SAMPLE_RATE
-        found, info = self.model.whisper.transcribe(audio, **arguments(options))
+        heard = Heard(duration, duration)
         segments: list[Segment] = []
-        for segment in found:
-            segments.append(segment_of(len(segments), segment))
-            checkpoint(min(1.0, segment.end / duration))
+        with closing(self._segments(audio, options, heard)) as found:
+            for segment in found:
+                segments.append(segment_of(len(segments), segment))
+                checkpoint(min(1.0, segment.end / duration))
         stage("transcribe", time.perf_counter() - decoded)
-
-        warnings = [PARTIAL] if is_partial else []
-        if not segments:
-            warnings.append(NO_SPEECH)
         return transcript_of(
-            segments, info, options, self.model.name, time.perf_counter() - began, warnings
+            segments,
+            heard,
+            options,
+            self.model.name,
+            time.perf_counter() - began,
+            is_partial=is_partial,
         )
 
-
-def arguments(options: TranscriptionOptions) -> dict[str, Any]:
-    """Our options as arguments of WhisperModel.transcribe, which has the same names."""
-    values = options.model_dump(exclude={"allow_partial"}, exclude_none=False)
-    values["temperature"] = list(options.temperature)
-    return values
-
-
-def segment_of(number: int, segment: WhisperSegment) -> Segment:
-    words = None
-    if segment.words is not None:
-        words = [
-            Word(
-                start=round(float(word.start), 3),
-                end=round(float(word.end), 3),
-                word=word.word,
-                probability=round(float(word.probability), 4),
-            )
-            for word in segment.words
-        ]
-    return Segment(
-        id=number,
-        start=round(float(segment.start), 3),
-        end=round(float(segment.end), 3),
-        text=segment.text,
-        avg_logprob=round(float(segment.avg_logprob), 4),
-        compression_ratio=round(float(segment.compression_ratio), 4),
-        no_speech_prob=round(float(segment.no_speech_prob), 4),
-        temperature=round(float(segment.temperature or 0.0), 2),
-        words=words,
-    )
-
-
-def transcript_of(
-    segments: list[Segment],
-    info: TranscriptionInfo,
-    options: TranscriptionOptions,
-    model: str,
-    processing_seconds: float,
-    warnings: list[TranscriptWarning],
-) -> Transcript:
-    return Transcript(
-        text="".join(segment.text for segment in segments).strip(),
-        language=info.language,
-        language_probability=round(float(info.language_probability), 4),
-        duration=round(float(info.duration), 3),
-        duration_after_vad=round(float(info.duration_after_vad), 3),
-        segments=segments,
-        task=options.task,
-        model=model,
-        processing_seconds=round(processing_seconds, 3),
-        warnings=warnings,
-    )
+    def _segments(
+        self, audio: Audio, options: TranscriptionOptions, heard: Heard
+    ) -> Generator[WhisperSegment, None, None]:
+        whisper = self.model.whisper
+        if options.mode == "batched" and batched.can(audio, options):
+            return batched.transcribe(whisper, self._scheduler, audio, options, heard)
+        return sequential.transcribe(whisper, audio, options, heard)

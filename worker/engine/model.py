@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -46,6 +47,10 @@ def load(settings: Settings) -> LoadedModel:
             num_workers=settings.worker_slots,
         )
         warm_up(whisper)
+        # What is loaded now stays. faster-whisper and others collect garbage while they serve,
+        # and would look through all of it each time.
+        gc.collect()
+        gc.freeze()
     except (RuntimeError, ValueError, OSError) as exc:
         raise ModelUnavailable(
             f"The model {settings.model_size!r} does not load on {settings.device} with "

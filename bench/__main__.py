@@ -1,0 +1,101 @@
+"""`python -m bench [ROW ...]`: measures the rows of bench/rows.py and writes the table.
+
+Every row is a ratio of two arms that take turns in one run; times alone say little on a machine
+that others use, too. Needs Linux, some minutes and an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench.rows import ROWS, Stage
+from tools.demo_model.widen import widen
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "bench" / "RESULTS.md"
+NUMBERS = ROOT / "bench" / "results.json"
+
+
+def machine() -> dict[str, Any]:
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "ctranslate2": version("ctranslate2"),
+        "faster-whisper": version("faster-whisper"),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    lines = [
+        "# Measured",
+        "",
+        f"`make bench`: the demo model widened to the shape of {results['shape']}, int8. {facts}.",
+        "Each ratio is of medians of turns taken in one run; CPU is the same ratio in CPU seconds.",
+        "",
+        "| row | ratio | wall | CPU | goal | met | seconds of the arms | pairs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results["rows"].items():
+        lines.append(
+            f"| {name} | {row['what']} | {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} "
+            f"| {row['goal']} | {'yes' if row['is_met'] else 'no'} "
+            f"| {row['first']} {row['first_seconds']:.2f}, "
+            f"{row['second']} {row['second_seconds']:.2f} | {row['pairs']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(names)}")
+    parser.add_argument("--shape", default="tiny", choices=["tiny", "base", "small", "medium"])
+    parser.add_argument("--pairs", type=int, default=5)
+    chosen = parser.parse_args()
+    if unknown := set(chosen.rows) - set(names):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    results: dict[str, Any] = {"machine": machine(), "shape": chosen.shape, "rows": {}}
+    with tempfile.TemporaryDirectory(prefix="whisper-bench-") as folder:
+        model = Path(folder) / chosen.shape
+        widen(ROOT / "worker" / "demo_model", model, chosen.shape)
+        stage = Stage(Path(folder), model, results["machine"]["cores"], chosen.pairs)
+        try:
+            for row in ROWS:
+                if chosen.rows and row.name not in chosen.rows:
+                    continue
+                ratio, measured = row.measure(stage)
+                results["rows"][row.name] = {
+                    "what": row.what,
+                    "goal": row.goal,
+                    "is_met": row.is_met(ratio),
+                    "wall_ratio": measured.wall_ratio,
+                    "cpu_ratio": measured.cpu_ratio,
+                    "first": measured.first,
+                    "first_seconds": measured.first_seconds.wall,
+                    "second": measured.second,
+                    "second_seconds": measured.second_seconds.wall,
+                    "pairs": measured.pairs,
+                }
+                print(f"{row.name}: {ratio:.2f} (goal {row.goal}): {row.what}", flush=True)
+        finally:
+            stage.close()
+    if not chosen.rows:
+        TABLE.write_text(table(results))
+        NUMBERS.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Mode `batched`: windows cut at silences, each decoded by itself, with those of other
+transcriptions where the device gains from it.
+
+Text, segments and times are those of faster_whisper.BatchedInferencePipeline, with two tests added
+that it leaves out: a window that looks wrong is tried again at higher temperatures (RETRIES times
+at most, so that the worst window costs a few normal ones), and one that is likely silence gives no
+text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from faster_whisper import WhisperModel
+from faster_whisper.audio import pad_or_trim
+from faster_whisper.tokenizer import Tokenizer
+from faster_whisper.transcribe import Segment as WhisperSegment
+from faster_whisper.transcribe import Word as WhisperWord
+from faster_whisper.transcribe import (
+    get_compression_ratio,
+    get_suppressed_tokens,
+    restore_speech_timestamps,
+)
+
+from shared.options import TranscriptionOptions
+from worker.engine import speech
+from worker.engine.decode import SAMPLE_RATE
+from worker.engine.scheduler import Answer, Decoding, Request, Scheduler
+from worker.engine.sequential import APPEND, PREPEND, given_language
+from worker.engine.speech import Window
+from worker.engine.transcript import Heard
+
+RETRIES = 2  # above the first temperature
+RETRY_SAMPLES = 2  # of best_of
+
+
+def can(audio: speech.Audio, options: TranscriptionOptions) -> bool:
+    """Windows are cut at silences, which only the VAD filter knows."""
+    return options.vad_filter or len(audio) <= speech.WINDOW_SECONDS * SAMPLE_RATE
+
+
+def transcribe(
+    whisper: WhisperModel,
+    scheduler: Scheduler,
+    audio: speech.Audio,
+    options: TranscriptionOptions,
+    heard: Heard,
+) -> Generator[WhisperSegment, None, None]:
+    """Segments in their order; `heard` is filled in before the first. Closing the iterator takes
+    the windows that wait out of the queue."""
+    stretches: list[speech.Stretch] = [{"start": 0, "end": len(audio)}]
+    if options.vad_filter:
+        stretches = speech.find(audio, options)
+    heard.duration_after_vad = sum(s["end"] - s["start"] for s in stretches) / SAMPLE_RATE
+    run = _Run(whisper, scheduler, options, heard)
+    try:
+        segments = run.segments(speech.windows(audio, stretches))
+        yield from restore_speech_timestamps(segments, stretches, SAMPLE_RATE)
+    finally:
+        scheduler.leave(run)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One transcription's way through the scheduler."""
+
+    whisper: WhisperModel
+    scheduler: Scheduler
+    options: TranscriptionOptions
+    heard: Heard
+    tokenizer: Tokenizer = None
+    last_speech: float = 0.0  # end of the last word, for the times of the next
+
+    def segments(self, windows: list[Window]) -> Iterator[WhisperSegment]:
+        language = given_language(self.whisper, self.options)
+        if language:
+            self.heard.language = language
+        self._speak(self.heard.language)
+        if not windows:
+            self._listen_to_silence(language)
+            return
+        rest = iter(windows)
+        if not language:  # the first window tells; the others wait for it
+            first = next(rest)
+            answer = self._ask(first, is_language_known=False).result()
+            assert answer.language is not None
+            self.heard.language = answer.language
+            self.heard.language_probability = answer.language_probability
+            self._speak(answer.language)
+            yield from self._segments_of(first, answer)
+        ahead: deque[tuple[Window, Future[Answer]]] = deque()
+        for window in rest:
+            # Not all at once: each waits as a spectrogram of a megabyte.
+            ahead.append((window, self._ask(window)))
+            if len(ahead) > 2 * self.scheduler.max_batch:
+                done, future = ahead.popleft()
+                yield from self._segments_of(done, future.result())
+        for done, future in ahead:
+            yield from self._segments_of(done, future.result())
+
+    def _speak(self, language: str) -> None:
+        self.tokenizer = Tokenizer(
+            self.whisper.hf_tokenizer,
+            self.whisper.model.is_multilingual,
+            task=self.options.task,
+            language=language,
+        )
+
+    def _listen_to_silence(self, language: str | None) -> None:
+        """Nothing to transcribe, but a language is always named."""
+        if not language:
+            empty = np.full((self.whisper.model.n_mels, 1), -1.5, np.float32)
+            found, probability, _ = self.whisper.detect_language(features=empty)
+            self.heard.language, self.heard.language_probability = found, probability
+
+    def _ask(
+        self, window: Window, *, is_language_known: bool = True, temperature: float | None = None
+    ) -> Future[Answer]:
+        options, tokenizer = self.options, self.tokenizer
+        features = self.whisper.feature_extractor(window.audio)[..., :-1]
+        prompt = self.whisper.get_prompt(
+            tokenizer,
+            tokenizer.encode(options.initial_prompt) if options.initial_prompt else [],
+            without_timestamps=options.without_timestamps,
+            hotwords=options.hotwords,
+        )
+        is_retry = temperature is not None
+        decoding = Decoding(
+            beam_size=options.beam_size,
+            best_of=min(options.best_of, RETRY_SAMPLES) if is_retry else options.best_of,
+            patience=options.patience,
+            length_penalty=options.length_penalty,
+            repetition_penalty=options.repetition_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            temperature=options.temperature[0] if temperature is None else temperature,
+            suppress_tokens=get_suppressed_tokens(tokenizer, [-1]),
+            prompt_length=len(prompt),
+            has_timestamps=not options.without_timestamps,
+        )
+        request = Request(
+            features=pad_or_trim(features),
+            prompt=prompt,
+            decoding=decoding,
+            language_at=None if is_language_known else prompt.index(tokenizer.language),
+            keeps_encoding=options.word_timestamps,
+        )
+        return self.scheduler.submit(self, [request])[0]
+
+    def _segments_of(self, window: Window, answer: Answer) -> Iterator[WhisperSegment]:
+        temperature = self.options.temperature[0]
+        best = answer
+        for retry in self.options.temperature[1 : 1 + RETRIES]:
+            if not self._looks_wrong(best):
+                break
+            again = self._ask(window, temperature=retry).result()
+            if again.avg_logprob > best.avg_logprob or not self._looks_wrong(again):
+                best, temperature = again, retry
+        if self._is_silence(best):
+            return
+        split, _, _ = self.whisper._split_segments_by_timestamps(
+            tokenizer=self.tokenizer,
+            tokens=best.tokens,
+            time_offset=window.offset,
+            segment_size=ceil(window.duration) * self.whisper.frames_per_second,
+            segment_duration=window.duration,
+            seek=0,
+        )
+        start_frame = int(window.offset * self.whisper.frames_per_second)
+        parts = [{**part, "seek": start_frame} for part in split]
+        if self.options.word_timestamps:
+            self.last_speech = self.whisper.add_word_timestamps(
+                [parts],
+                self.tokenizer,
+                best.encoding,
+                [ceil(window.duration) * self.whisper.frames_per_second],
+                PREPEND,
+                APPEND,
+                self.last_speech,
+            )
+        made = (self._segment(part, best, temperature) for part in parts)
+        yield from (segment for segment in made if segment.text.strip())
+
+    def _segment(self, part: dict[str, Any], answer: Answer, temperature: float) -> WhisperSegment:
+        text = self.tokenizer.decode(part["tokens"])
+        words = [WhisperWord(**word) for word in part["words"]] if "words" in part else None
+        return WhisperSegment(
+            id=0,
+            seek=part["seek"],
+            start=round(part["start"], 3),
+            end=round(part["end"], 3),
+            text=text,
+            tokens=part["tokens"],
+            avg_logprob=answer.avg_logprob,
+            compression_ratio=get_compression_ratio(text),
+            no_speech_prob=answer.no_speech_prob,
+            words=words,
+            temperature=temperature,
+        )
+
+    def _is_silence(self, answer: Answer) -> bool:
+        limit, least = self.options.no_speech_threshold, self.options.log_prob_threshold
+        if limit is None or answer.no_speech_prob <= limit:
+            return False
+        return least is None or answer.avg_logprob <= least
+
+    def _looks_wrong(self, answer: Answer) -> bool:
+        """Too repetitive, or too unlikely; but silence needs no second look."""
+        if self._is_silence(answer):
+            return False
+        most, least = self.options.compression_ratio_threshold, self.options.log_prob_threshold
+        text = self.tokenizer.decode(answer.tokens).strip()
+        is_repetitive = most is not None and get_compression_ratio(text) > most
+        return is_repetitive or (least is not None and answer.avg_logprob < least)

@@ -1,0 +1,224 @@
+"""Which windows run when: those of all transcriptions of this worker share the model here.
+
+A window that can share a call with others (the same decoding, a prompt of the same length) joins
+them, up to `max_batch`. Who has had the least goes first, so a clip never waits for a long
+recording, and long ones share evenly; every fourth turn goes to who came first, so that clips can't
+starve a long recording.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from faster_whisper import WhisperModel
+from faster_whisper.transcribe import get_ctranslate2_storage
+from numpy.typing import NDArray
+
+FAIR_TURN = 4
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What must be the same for all windows of one call."""
+
+    beam_size: int
+    best_of: int
+    patience: float
+    length_penalty: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    temperature: float
+    suppress_tokens: tuple[int, ...]
+    prompt_length: int
+    has_timestamps: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """One window to encode and decode."""
+
+    features: NDArray[np.float32]  # (mels, 3000)
+    prompt: list[int]
+    decoding: Decoding
+    language_at: int | None  # where in `prompt` the language goes once it is detected
+    keeps_encoding: bool  # for word times; such a window has a call of its own
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    avg_logprob: float
+    no_speech_prob: float
+    language: str | None  # detected; None when it was given
+    language_probability: float
+    encoding: Any = None  # ctranslate2.StorageView of this window alone, where it was kept
+
+
+@dataclass
+class Line:
+    """The windows of one transcription that wait."""
+
+    waiting: deque[tuple[Request, Future[Answer]]] = field(default_factory=deque)
+    served: int = 0
+
+
+class Closed(Exception):
+    """The scheduler was stopped."""
+
+
+class Scheduler:
+    """Owns the threads that call the model, one for each replica of it."""
+
+    def __init__(self, whisper: WhisperModel, *, replicas: int, max_batch: int):
+        self._whisper = whisper
+        self.max_batch = max_batch
+        self._lines: dict[object, Line] = {}
+        self._turn = 0
+        self._changed = threading.Condition()
+        self._is_open = True
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"model-{n}", daemon=True)
+            for n in range(replicas)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, owner: object, requests: Iterable[Request]) -> list[Future[Answer]]:
+        """Queues windows of one transcription, in their order."""
+        futures: list[Future[Answer]] = []
+        with self._changed:
+            if not self._is_open:
+                raise Closed
+            line = self._lines.setdefault(owner, Line())
+            for request in requests:
+                future: Future[Answer] = Future()
+                line.waiting.append((request, future))
+                futures.append(future)
+            self._changed.notify_all()
+        return futures
+
+    def leave(self, owner: object) -> None:
+        """The transcription is over, or cancelled: what still waits is dropped."""
+        with self._changed:
+            line = self._lines.pop(owner, Line())
+            for _, future in line.waiting:
+                future.cancel()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_open = False
+            for owner in list(self._lines):
+                for _, future in self._lines.pop(owner).waiting:
+                    future.set_exception(Closed())
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while batch := self._next():
+            requests = [request for request, _ in batch]
+            try:
+                answers = self._run(requests)
+            except Exception as exc:  # whoever asked is told; the thread lives on
+                for _, future in batch:
+                    future.set_exception(exc)
+                continue
+            for (_, future), answer in zip(batch, answers, strict=True):
+                future.set_result(answer)
+
+    def _next(self) -> list[tuple[Request, Future[Answer]]]:
+        """Waits for work; an empty list means that there will be none."""
+        with self._changed:
+            while self._is_open and not any(line.waiting for line in self._lines.values()):
+                self._changed.wait()
+            return self._pick() if self._is_open else []
+
+    def _pick(self) -> list[tuple[Request, Future[Answer]]]:
+        """The window whose turn it is, and all that can share its call."""
+        lines = [line for line in self._lines.values() if line.waiting]
+        self._turn += 1
+        if self._turn % FAIR_TURN:
+            lines.sort(key=lambda line: line.served)  # else in the order of their arrival
+        first = lines[0].waiting[0][0]
+        batch: list[tuple[Request, Future[Answer]]] = []
+        size = 1 if first.keeps_encoding else self.max_batch
+        for line in lines:
+            while len(batch) < size and line.waiting and self._fits(line.waiting[0][0], first):
+                request, future = line.waiting.popleft()
+                if future.set_running_or_notify_cancel():
+                    batch.append((request, future))
+                line.served += 1
+        return batch
+
+    @staticmethod
+    def _fits(request: Request, first: Request) -> bool:
+        return request is first or (
+            request.decoding == first.decoding and not request.keeps_encoding
+        )
+
+    def _run(self, requests: list[Request]) -> list[Answer]:
+        """One encoder pass serves the language and the text."""
+        whisper = self._whisper
+        encoding = whisper.model.encode(
+            get_ctranslate2_storage(np.stack([request.features for request in requests])),
+            to_cpu=whisper.model.device == "cuda" and len(whisper.model.device_index) > 1,
+        )
+        prompts = [list(request.prompt) for request in requests]
+        languages: list[tuple[str | None, float]] = [(None, 1.0)] * len(requests)
+        if any(request.language_at is not None for request in requests):
+            detected = whisper.model.detect_language(encoding)
+            for n, request in enumerate(requests):
+                if request.language_at is not None:
+                    token, probability = detected[n][0]
+                    prompts[n][request.language_at] = whisper.hf_tokenizer.token_to_id(token)
+                    languages[n] = (token[2:-2], probability)
+        results = generate(whisper, encoding, prompts, requests[0].decoding)
+        answers = []
+        for request, result, (language, probability) in zip(
+            requests, results, languages, strict=True
+        ):
+            tokens = result.sequences_ids[0]
+            total = result.scores[0] * len(tokens) ** request.decoding.length_penalty
+            answers.append(
+                Answer(
+                    tokens=tokens,
+                    avg_logprob=total / (len(tokens) + 1),
+                    no_speech_prob=result.no_speech_prob,
+                    language=language,
+                    language_probability=probability,
+                    encoding=encoding if request.keeps_encoding else None,
+                )
+            )
+        return answers
+
+
+def generate(whisper: WhisperModel, encoding: Any, prompts: list[list[int]], how: Decoding) -> Any:
+    """WhisperModel's own choice of search: a beam at temperature 0, samples above it."""
+    if how.temperature > 0:
+        search = {
+            "beam_size": 1,
+            "num_hypotheses": how.best_of,
+            "sampling_topk": 0,
+            "sampling_temperature": how.temperature,
+        }
+    else:
+        search = {"beam_size": how.beam_size, "patience": how.patience}
+    return whisper.model.generate(
+        encoding,
+        prompts,
+        length_penalty=how.length_penalty,
+        repetition_penalty=how.repetition_penalty,
+        no_repeat_ngram_size=how.no_repeat_ngram_size,
+        max_length=whisper.max_length,
+        suppress_blank=True,
+        suppress_tokens=how.suppress_tokens,
+        return_scores=True,
+        return_no_speech_prob=True,
+        **search,
+    )
