@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev ## install and run the tests
 compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compose stack (Docker, port 80)
 	@$(BIN)/python -m pytest tests/compose -m compose -s
 
-bench: $(VENV)/.installed-dev ## measure ratios against faster-whisper; writes bench/RESULTS.md (minutes)
+bench: $(VENV)/.installed-dev ## measure ratios against faster-whisper; writes the README's table (minutes)
 	@$(BIN)/python -m bench
 
 check: $(VENV)/.installed-dev ## lint, types and import rules

@@ -1,4 +1,5 @@
-"""`python -m bench [ROW ...]`: measures the rows of bench/rows.py and writes the table.
+"""`python -m bench [ROW ...]`: measures the rows of bench/rows.py; all of them together also write
+bench/results.json and the README's table.
 
 Every row is a ratio of two arms that take turns in one run; times alone say little on a machine
 that others use, too. Needs Linux, some minutes and an otherwise idle machine.
@@ -20,8 +21,9 @@ from bench.rows import ROWS, Stage
 from tools.demo_model.widen import widen
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "bench" / "RESULTS.md"
+README = ROOT / "README.md"
 NUMBERS = ROOT / "bench" / "results.json"
+BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 
 
 def machine() -> dict[str, Any]:
@@ -39,10 +41,7 @@ def machine() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     lines = [
-        "# Measured",
-        "",
-        f"`make bench`: the demo model widened to the shape of {results['shape']}, int8. {facts}.",
-        "Each ratio is of medians of turns taken in one run; CPU is the same ratio in CPU seconds.",
+        f"The demo model widened to the shape of Whisper {results['shape']}, int8; {facts}.",
         "",
         "| row | ratio | wall | CPU | goal | met | seconds of the arms | pairs |",
         "|---|---|---|---|---|---|---|---|",
@@ -92,9 +91,16 @@ def main() -> int:
         finally:
             stage.close()
     if not chosen.rows:
-        TABLE.write_text(table(results))
         NUMBERS.write_text(json.dumps(results, indent=2) + "\n")
+        README.write_text(shown(README.read_text(), results))
     return 0
+
+
+def shown(readme: str, results: dict[str, Any]) -> str:
+    """The README with these results between its two marks."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table(results) + END + after
 
 
 if __name__ == "__main__":

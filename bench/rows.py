@@ -205,7 +205,7 @@ def preprocessing(stage: Stage) -> tuple[float, Measured]:
     measured = compare(
         Arm("faster-whisper", lambda: ignore(stage.stock.ask(**order)), stage.stock.pids),
         Arm("engine", lambda: ignore(stage.engine.ask(**order)), stage.engine.pids),
-        max(1, stage.pairs // 2),
+        stage.pairs,
     )
     return measured.wall_ratio, measured
 
