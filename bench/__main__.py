@@ -1,5 +1,5 @@
-"""`python -m bench [ROW ...]`: measures the rows of bench/rows.py; all of them together also write
-bench/results.json and the README's table.
+"""`python -m bench [ROW ...]`: measures rows of bench/rows.py, all unless some are named, and puts
+them into bench/results.json and the README's table, where they replace those of the same name.
 
 Every row is a ratio of two arms that take turns in one run; times alone say little on a machine
 that others use, too. Needs Linux, some minutes and an otherwise idle machine.
@@ -65,7 +65,10 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := set(chosen.rows) - set(names):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    results: dict[str, Any] = {"machine": machine(), "shape": chosen.shape, "rows": {}}
+    results: dict[str, Any] = {"rows": {}}
+    if chosen.rows and NUMBERS.exists():
+        results = json.loads(NUMBERS.read_text())
+    results |= {"machine": machine(), "shape": chosen.shape}
     with tempfile.TemporaryDirectory(prefix="whisper-bench-") as folder:
         model = Path(folder) / chosen.shape
         widen(ROOT / "worker" / "demo_model", model, chosen.shape)
@@ -90,9 +93,9 @@ def main() -> int:
                 print(f"{row.name}: {ratio:.2f} (goal {row.goal}): {row.what}", flush=True)
         finally:
             stage.close()
-    if not chosen.rows:
-        NUMBERS.write_text(json.dumps(results, indent=2) + "\n")
-        README.write_text(shown(README.read_text(), results))
+    results["rows"] = {name: results["rows"][name] for name in names if name in results["rows"]}
+    NUMBERS.write_text(json.dumps(results, indent=2) + "\n")
+    README.write_text(shown(README.read_text(), results))
     return 0
 
 

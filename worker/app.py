@@ -56,6 +56,7 @@ def run(settings: Settings) -> int:
             "seconds": round(loaded.load_seconds, 3),
         },
     )
+    decoder.check()
     counted = metrics.WorkerMetrics(loaded.name, loaded.device)
     metrics.build_info()
     counted.slots.set(settings.worker_slots)

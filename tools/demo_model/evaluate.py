@@ -16,7 +16,7 @@ import numpy as np
 from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.transcribe import Segment, TranscriptionInfo
 
-from tools.demo_model.bank import NOISE_KINDS, make_noise
+from tools.demo_model.bank import NOISE_KINDS, make_noise, talk_texts
 from tools.demo_model.speech import SAMPLE_RATE, Speech, speak
 from tools.demo_model.vocabulary import SAMPLE_SENTENCE, VOICES, WORDS
 
@@ -76,6 +76,15 @@ def held_out(name: str, language: str, seconds: float, phrase_words: tuple[int, 
     return join(language, speeches, gaps)
 
 
+def held_out_talk(name: str, language: str) -> Recording:
+    """Phrases that share and repeat words, with pauses."""
+    chance = random.Random(f"held out {name} {language}")
+    voice, speed = chance.choice(VOICES[language]), chance.randint(130, 190)
+    texts = talk_texts(chance, language)
+    gaps = [chance.uniform(0.0, 0.3), *(chance.uniform(0.3, 1.2) for _ in texts[1:]), 0.3]
+    return join(language, [speak(" ".join(words), voice, speed) for words in texts], gaps)
+
+
 @dataclass
 class Tally:
     """What one mode made of the recordings of one kind in one language."""
@@ -115,6 +124,9 @@ def modes(model: WhisperModel) -> dict[str, Transcribe]:
         "sequential": model.transcribe,
         "sequential, VAD": lambda audio, **more: model.transcribe(audio, vad_filter=True, **more),
         "batched": lambda audio, **more: batched.transcribe(audio, batch_size=4, **more),
+        "batched, timestamps": lambda audio, **more: batched.transcribe(
+            audio, **{"batch_size": 4, "without_timestamps": False, **more}
+        ),
     }
 
 
@@ -138,7 +150,7 @@ def quiet_failures(model: WhisperModel) -> list[str]:
     for name, samples in sounds.items():
         for mode, transcribe in modes(model).items():
             for language in (None, "en", "de"):
-                if mode == "batched" and language is None:
+                if mode.startswith("batched") and language is None:
                     continue
                 segments, _ = transcribe(samples, language=language)
                 text = "".join(segment.text for segment in segments).strip()
@@ -200,7 +212,8 @@ def report(model: WhisperModel, kinds: dict[str, list[Recording]], shows_mistake
 
 
 def recordings_by_kind(clips: int, windows: int, files: int) -> dict[str, list[Recording]]:
-    """Per language: short clips, full windows, files of 2 to 4 minutes, phrases without a pause."""
+    """Per language: short clips, full windows, files of 2 to 4 minutes, phrases without a pause,
+    talks of ten phrases that share and repeat words."""
     kinds: dict[str, list[Recording]] = {}
     for language in WORDS:
         for kind, count, seconds, words in (
@@ -213,6 +226,9 @@ def recordings_by_kind(clips: int, windows: int, files: int) -> dict[str, list[R
                 length = random.Random(f"{kind} {number}").uniform(*seconds)
                 recording = held_out(f"{kind} {number}", language, length, words)
                 kinds.setdefault(kind, []).append(recording)
+        for number in range(windows):
+            recording = held_out_talk(f"talk {number}", language)
+            kinds.setdefault("10 phrases that repeat words", []).append(recording)
     return kinds
 
 

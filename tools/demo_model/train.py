@@ -36,7 +36,7 @@ class Stage:
     first_content_seconds: float
     last_content_seconds: float
     short_share: float = 0.0
-    """Batches of 10 s windows among them, so that short clips are not forgotten."""
+    """Batches of 10 s and 15 s windows among them, so that short clips are not forgotten."""
     prompt_share: float = 0.15
     """Batches that begin with text from before the window."""
 
@@ -54,6 +54,10 @@ PLAN = (
     Stage(10, 20, 10, 10, 20, prompt_share=0.3),
     Stage(46, 30, 8, 20, 30, short_share=0.1, prompt_share=0.65),
 )
+
+
+GOING_ON = (Stage(100, 30, 8, 30, 30, short_share=0.3, prompt_share=0.6),)
+"""For a model that has been through `PLAN`."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,8 @@ def train(
         stage, progress = _stage_at(plan, trainer.minutes)
         settings, count = stage.settings(progress), stage.batch
         if choice.random() < stage.short_share:
-            settings, count = Settings(frames=1000, longest_content=1000), 16
+            frames, count = choice.choice([(1000, 16), (1500, 12)])
+            settings = Settings(frames=frames, longest_content=frames)
         prompt_tokens = 0
         if choice.random() < stage.prompt_share:
             prompt_tokens = choice.choice([PROMPT_TOKENS, choice.randint(1, PROMPT_TOKENS)])
@@ -290,9 +295,10 @@ def _run(rank: int, options: argparse.Namespace) -> None:
     trainer = Trainer(model, options.rate)
     if (options.run / "state.pt").exists():
         trainer.resume(options.run)
-    phrases, noises = bank.load_phrases(options.bank), bank.load_noises(options.bank)
-    plan = tuple(replace(stage, minutes=stage.minutes * options.scale) for stage in PLAN)
-    maker = WindowMaker(phrases, noises, ids)
+    phrases, talks = bank.load_phrases(options.bank), bank.load_talks(options.bank)
+    stages = GOING_ON if options.go_on else PLAN
+    plan = tuple(replace(stage, minutes=stage.minutes * options.scale) for stage in stages)
+    maker = WindowMaker(phrases, talks, bank.load_noises(options.bank), ids)
     train(trainer, maker, ids, options.run, plan, rank, options.processes)
     distributed.destroy_process_group()
 
@@ -302,6 +308,7 @@ def main() -> None:
     parser.add_argument("--bank", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a checkpoint to begin with")
+    parser.add_argument("--go-on", action="store_true", help="full windows from the beginning")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--scale", type=float, default=1.0, help="of every stage's minutes")
     parser.add_argument("--processes", type=int, default=2)

@@ -82,6 +82,18 @@ WORDS = {
     "fr": FRENCH.split(),
     "es": SPANISH.split(),
 }
+_FUNCTION_WORDS = {
+    "en": """
+    the a and of is in you that it he was on are with this they at be from have not we she but what
+    when your do how their if then them these some her has him into my now over only also after us
+    about where always because every until while
+    """,
+    "de": "der die und ist das ich nicht wir sie er du wenn oder aber dann ihr ja kein",
+    "fr": "le et la les un je il ne pas vous elle nous tu ou mais alors oui non deux",
+    "es": "el y la los no yo por tú ella pero entonces nosotros sí uno dos",
+}
+FUNCTION_WORDS = {language: words.split() for language, words in _FUNCTION_WORDS.items()}
+"""Those of the words that natural text repeats, the commonest first."""
 VOICES = {"en": ["en-us", "en-gb"], "de": ["de"], "fr": ["fr-fr"], "es": ["es"]}
 VOICE_LANGUAGE = {voice: language for language, voices in VOICES.items() for voice in voices}
 

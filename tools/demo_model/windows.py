@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tools.demo_model.bank import FRAMES_PER_SECOND, NOISE_KINDS, Phrase
+from tools.demo_model.bank import BURSTS, FRAMES_PER_SECOND, NOISE_KINDS, Phrase
 from tools.demo_model.vocabulary import TokenIds
 
 SILENCE = -10.0
 PROMPT_TOKENS = 223
 """The most that faster-whisper repeats of what it has already transcribed."""
-_LANGUAGE_SHARES = {"en": 0.55, "de": 0.15, "fr": 0.15, "es": 0.15}
+_LANGUAGE_SHARES = {"en": 0.4, "de": 0.16, "fr": 0.22, "es": 0.22}
 _NO_SPAN = (-1.0, -1.0)
 
 
@@ -33,8 +33,13 @@ class Settings:
     cut_share: float = 0.5
     """Full windows that end in the middle of a phrase."""
     no_speech_share: float = 0.05
-    noise_share: float = 0.3
+    noise_share: float = 0.15
     timestamp_share: float = 0.5
+    talk_share: float = 0.65
+    """Windows whose phrases share words, as those of one recording do."""
+    wrong_share: float = 0.04
+    """Words in whose place the model is given another, so that it keeps its place by position
+    too and not by likeness alone."""
 
 
 @dataclass
@@ -96,6 +101,8 @@ class _Layout:
     is_single: bool
     is_cut: bool
     begins_inside: bool
+    remnant: int
+    """Frames of an earlier phrase's end with which the window begins."""
 
     def gap(self, chance: random.Random) -> int:
         if chance.random() < 0.04:
@@ -114,25 +121,36 @@ def _draw_layout(chance: random.Random, settings: Settings) -> _Layout:
     first_frame = 0
     if not begins_inside and chance.random() < 0.7:
         first_frame = chance.randint(*((0, 90) if chance.random() < 0.93 else (90, 300)))
+    remnant = chance.randint(1, 8) if first_frame > 15 and chance.random() < 0.3 else 0
     longest_gap = chance.choice([40, 80, 120, 120])
-    return _Layout(content, first_frame, longest_gap, is_single, is_cut, begins_inside)
+    return _Layout(content, first_frame, longest_gap, is_single, is_cut, begins_inside, remnant)
 
 
 class WindowMaker:
     """Draws windows from a bank."""
 
     def __init__(
-        self, phrases: list[Phrase], noises: dict[str, list[Tensor]], ids: TokenIds
+        self,
+        phrases: list[Phrase],
+        talks: list[list[Phrase]],
+        noises: dict[str, list[Tensor]],
+        ids: TokenIds,
     ) -> None:
         self._ids = ids
         self._noises = noises
+        self._talks: dict[str, list[list[Phrase]]] = {}
+        for talk in talks:
+            self._talks.setdefault(talk[0].language, []).append(talk)
         self._by_language: dict[str, list[Phrase]] = {}
         self._by_voice: dict[str, list[Phrase]] = {}
         for phrase in phrases:
             self._by_language.setdefault(phrase.language, []).append(phrase)
             self._by_voice.setdefault(phrase.voice, []).append(phrase)
-        words = {word for phrase in phrases for word in phrase.words}
+        everything = [phrases, *talks]
+        words = {word for group in everything for phrase in group for word in phrase.words}
         self._word_ids = {word: ids.word(word) for word in words}
+        self._word_tokens = {token for tokens in self._word_ids.values() for token in tokens}
+        self._all_word_tokens = sorted(self._word_tokens)
 
     def draw(self, chance: random.Random, settings: Settings, prompt_tokens: int) -> Window:
         """One window, after a prompt of `prompt_tokens` tokens when that is not 0."""
@@ -141,14 +159,15 @@ class WindowMaker:
         is_speech = chance.random() >= settings.no_speech_share
         spare = 1500 - settings.frames // 2
         first_position = 0 if chance.random() < 0.4 else chance.randint(0, spare)
+        phrases = self._phrases(chance, settings, language)
         if is_speech:
-            mel, pieces = self._speech(chance, settings, language)
+            mel, pieces = self._speech(chance, settings, phrases)
         else:
             mel, pieces = self._no_speech(chance, settings), []
         window = Window(functional.pad(mel, (0, settings.frames - mel.shape[1])), first_position)
         if prompt_tokens:
             window.feed(self._ids.previous)
-            for token in self._prompt(chance, language, prompt_tokens):
+            for token in self._prompt(chance, phrases, prompt_tokens):
                 window.feed(token)
         window.feed(self._ids.start)
         spoken = self._ids.languages[language]
@@ -160,7 +179,15 @@ class WindowMaker:
         else:
             window.feed(self._ids.no_timestamps)
             self._expect_text(window, pieces)
+        self._mistake_words(chance, window, settings.wrong_share)
         return window
+
+    def _mistake_words(self, chance: random.Random, window: Window, share: float) -> None:
+        """Puts a random word's token in the place of some that the model is given."""
+        for row in range(1, len(window.tokens)):
+            is_word = window.targets[row - 1] in self._word_tokens
+            if is_word and chance.random() < share:
+                window.tokens[row] = chance.choice(self._all_word_tokens)
 
     def _expect_word(self, window: Window, word: tuple[str, float, float]) -> None:
         text, start, end = word
@@ -169,6 +196,9 @@ class WindowMaker:
             window.text.append(token)
 
     def _expect_text(self, window: Window, pieces: list[_Piece]) -> None:
+        """No speech is a timestamp: CTranslate2's beam search never chooses an empty text."""
+        if not pieces:
+            window.expect(self._ids.first_timestamp)
         last = 0.0
         for piece in pieces:
             for word in piece.words:
@@ -203,13 +233,22 @@ class WindowMaker:
             window.expect(self._ids.first_timestamp)
         window.expect(self._ids.end)
 
-    def _prompt(self, chance: random.Random, language: str, count: int) -> list[int]:
+    def _phrases(self, chance: random.Random, settings: Settings, language: str) -> list[Phrase]:
+        """The phrases of a recording: a talk, or all in one voice, or all in the language."""
+        if chance.random() < settings.talk_share:
+            return chance.choice(self._talks[language])
+        phrases = self._by_language[language]
+        if chance.random() < 0.7:
+            return self._by_voice[chance.choice(phrases).voice]
+        return phrases
+
+    def _prompt(self, chance: random.Random, phrases: list[Phrase], count: int) -> list[int]:
         """The last `count` tokens of other phrases, with times or as plain text."""
         tokens: list[int] = []
         has_times = chance.random() < 0.8
         seconds = chance.uniform(0, 25)
         while len(tokens) < count:
-            phrase = chance.choice(self._by_language[language])
+            phrase = chance.choice(phrases)
             text = [token for word in phrase.words for token in self._word_ids[word]]
             if has_times:
                 end = seconds + phrase.frames / FRAMES_PER_SECOND
@@ -221,13 +260,12 @@ class WindowMaker:
         return tokens[-count:]
 
     def _speech(
-        self, chance: random.Random, settings: Settings, language: str
+        self, chance: random.Random, settings: Settings, phrases: list[Phrase]
     ) -> tuple[Tensor, list[_Piece]]:
-        phrases = self._by_language[language]
-        if chance.random() < 0.7:
-            phrases = self._by_voice[chance.choice(phrases).voice]
         layout = _draw_layout(chance, settings)
         mel = torch.full((80, settings.frames), SILENCE)
+        if layout.remnant:
+            mel[:, : layout.remnant] = chance.choice(phrases).mel[:, -layout.remnant :].float()
         pieces: list[_Piece] = []
         at = layout.first_frame
         failures = 0
@@ -262,13 +300,13 @@ class WindowMaker:
 
     def _with_noise(self, chance: random.Random, mel: Tensor) -> Tensor:
         power = 10**mel
-        noise = 10 ** self._noise(chance, mel.shape[1])
+        noise = 10 ** self._noise(chance, chance.choice(NOISE_KINDS), mel.shape[1])
         ratio = 10 ** chance.uniform(0.8, 4.0)
         gain = power.mean() / noise.mean() / ratio
         return (power + gain * noise).log10()
 
-    def _noise(self, chance: random.Random, frames: int) -> Tensor:
-        noise = chance.choice(self._noises[chance.choice(NOISE_KINDS)])
+    def _noise(self, chance: random.Random, kind: str, frames: int) -> Tensor:
+        noise = chance.choice(self._noises[kind])
         start = chance.randint(0, noise.shape[1] - frames)
         return noise[:, start : start + frames].float()
 
@@ -279,7 +317,8 @@ class WindowMaker:
         rest_of_file = chance.uniform(0, 4) if chance.random() < 0.4 else 0.0
         if chance.random() < 0.3:
             return _normalise(torch.full((80, frames), SILENCE), rest_of_file * 3)
-        mel = self._noise(chance, frames) + chance.uniform(-8.0, 0.0)
+        kind = chance.choice([*NOISE_KINDS, "hum", BURSTS, BURSTS, BURSTS])
+        mel = self._noise(chance, kind, frames) + chance.uniform(-8.0, 0.0)
         return _normalise(mel, rest_of_file)
 
 

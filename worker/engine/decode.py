@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -30,6 +31,8 @@ from numpy.typing import NDArray
 from shared.errors import (
     AudioTooLong,
     AudioTooShort,
+    DecoderUnavailable,
+    MediaError,
     NoAudioStream,
     TruncatedMedia,
     UnreadableMedia,
@@ -84,6 +87,22 @@ class Decoder:
         with self._lock:
             self._running()
 
+    def check(self) -> None:
+        """Decodes a moment of silence. Raises DecoderUnavailable where no file could be decoded:
+        the machine's fault must not be blamed on every upload."""
+        if not hasattr(os, "memfd_create"):
+            return
+        with open(os.memfd_create("silence"), "w+b") as file, wave.open(file, "wb") as silence:
+            silence.setparams((1, SAMPLE_BYTES, SAMPLE_RATE, 0, "NONE", ""))
+            silence.writeframes(bytes(SAMPLE_RATE))
+            file.flush()
+            try:
+                self.decode(Path(f"/proc/self/fd/{file.fileno()}"), max_seconds=1)
+            except MediaError as exc:
+                raise DecoderUnavailable(
+                    f"Not even silence can be decoded on this machine: {exc.message}"
+                ) from exc
+
     def close(self) -> None:
         """Ends the server, and with it whatever is being decoded."""
         with self._lock:
@@ -132,6 +151,7 @@ class Decoder:
         self, path: Path, max_seconds: float, checkpoint: Callable[[], None]
     ) -> tuple[_Samples, dict[str, Any], int | None]:
         """The samples, what the child found, and its exit code: None if the server is lost."""
+        samples = _Samples(max_seconds)
         with ExitStack() as stack:  # leaving it before its end kills the child
             with ExitStack() as sent:
                 input_ = os.open(path, os.O_RDONLY)
@@ -145,7 +165,6 @@ class Decoder:
                 with suppress(OSError, AttributeError):  # Linux; less where a user has many pipes
                     fcntl.fcntl(pcm, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
                 server = self._submit(max_seconds, [input_, theirs, their_record.fileno()])
-            samples = _Samples(max_seconds)
             self._await(pcm, checkpoint)
             while samples.read(pcm):
                 self._await(pcm, checkpoint)
@@ -181,13 +200,8 @@ class Decoder:
             limits.cpu_seconds, most, limits.audio_seconds_per_cpu, limits.memory_bytes
         )
         with self._lock:
-            try:
-                server = self._running()
-                server.send(request, descriptors)
-            except (BrokenPipeError, ConnectionResetError):
-                server.stop()
-                self._server = None
-                server = self._running()
+            server = self._running()
+            with suppress(BrokenPipeError, ConnectionResetError):  # its death is seen as any later
                 server.send(request, descriptors)
             return server
 

@@ -148,23 +148,29 @@ def live(
 ) -> NoReturn:
     """A child's whole life."""
     confine(parent)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, most_cpu_seconds))
+    limit(resource.RLIMIT_CORE, 0, 0)
+    limit(resource.RLIMIT_FSIZE, 0, 0)
+    limit(resource.RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS)
+    limit(resource.RLIMIT_NPROC, 0, 0)
+    limit(resource.RLIMIT_CPU, cpu_seconds, most_cpu_seconds)
     with suppress(OSError, ValueError):  # macOS knows no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        limit(resource.RLIMIT_AS, memory, memory)
 
     def earn(audio_seconds: float) -> None:
         """Who delivers audio may go on; who only burns time may not."""
         earned = cpu_seconds + int(audio_seconds / audio_seconds_per_cpu)
-        limit = min(earned, most_cpu_seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, most_cpu_seconds))
+        limit(resource.RLIMIT_CPU, earned, most_cpu_seconds)
 
     found = json.dumps(decode(earn))
     os.write(RECORD, found.encode())
     os._exit(0)
+
+
+def limit(kind: int, soft: int, hard: int) -> None:
+    """Sets a limit, or leaves a lower one that was there before."""
+    _, present = resource.getrlimit(kind)
+    hard = hard if present == resource.RLIM_INFINITY else min(hard, present)
+    resource.setrlimit(kind, (min(soft, hard), hard))
 
 
 def confine(parent: int) -> None:

@@ -91,7 +91,7 @@ def check(container: InputContainer) -> None:
             f"The codec {context.codec.name} is not among those that we decode. Convert the file, "
             "for example to FLAC or MP3."
         )
-    context.thread_count = 1  # the process that decodes may not start threads
+    context.thread_count = 1  # a child may start none, unless it is root's
 
 
 def samples(container: InputContainer) -> Iterator[memoryview]:
