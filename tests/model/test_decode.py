@@ -373,6 +373,7 @@ def test_a_child_has_its_limits_and_nothing_open_but_its_three_descriptors(made,
         )
         assert status["NoNewPrivs"] == "1"
         assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) >= 7, 5, "FFmpeg has opened it")
         open_files = {fd.name: os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
         kinds = [target.partition(":")[0] for _, target in sorted(open_files.items())]
         assert kinds == [*["/dev/null"] * 3, str(endless), "pipe", "socket", str(endless)]

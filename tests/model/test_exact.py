@@ -102,6 +102,22 @@ def test_windows_are_those_of_faster_whisper(seed):
     assert np.array_equal(speech.join(audio, stretches), np.concatenate(whole))
 
 
+def test_a_phrase_that_the_window_cuts_off_is_not_lost(engine):
+    """faster-whisper's batched pipeline drops what has no closing timestamp."""
+    whisper = engine.model.whisper
+    run = batched._Run(whisper, None, TranscriptionOptions(language="en"), Heard(0, 0))
+    run._speak("en")
+    time = run.tokenizer.timestamp_begin
+    first, last = (run.tokenizer.encode(text) for text in (" the quick fox", " over the dog"))
+    tokens = [time, *first, time + 100, time + 150, *last]
+    window = speech.Window(np.zeros(16_000 * 5, np.float32), 10.0, 5.0)
+    found = list(run._segments_of(window, Answer(tokens, -0.1, 0.0, None, 1.0)))
+    assert [(s.text, s.start, s.end) for s in found] == [
+        (" the quick fox", 10.0, 12.0),
+        (" over the dog", 13.0, 15.0),
+    ]
+
+
 # --- In company
 
 

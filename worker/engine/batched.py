@@ -1,10 +1,10 @@
 """Mode `batched`: windows cut at silences, each decoded by itself, with those of other
 transcriptions where the device gains from it.
 
-Text, segments and times are those of faster_whisper.BatchedInferencePipeline, with two tests added
-that it leaves out: a window that looks wrong is tried again at higher temperatures (RETRIES times
-at most, so that the worst window costs a few normal ones), and one that is likely silence gives no
-text.
+Text, segments and times are those of faster_whisper.BatchedInferencePipeline, which leaves out
+three things: here a window that looks wrong is tried again at higher temperatures (RETRIES times at
+most, so that the worst window costs a few normal ones), one that is likely silence gives no text,
+and a phrase that has no end by the end of its window is kept.
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ class _Run:
             segment_duration=window.duration,
             seek=0,
         )
+        split += self._unfinished(window, best.tokens[sum(len(part["tokens"]) for part in split) :])
         start_frame = int(window.offset * self.whisper.frames_per_second)
         parts = [{**part, "seek": start_frame} for part in split]
         if self.options.word_timestamps:
@@ -185,6 +186,15 @@ class _Run:
             )
         made = (self._segment(part, best, temperature) for part in parts)
         yield from (segment for segment in made if segment.text.strip())
+
+    def _unfinished(self, window: Window, tokens: list[int]) -> list[dict[str, Any]]:
+        """What follows the last finished phrase. Sequential mode hears it again in its next window;
+        here there is none, and the library drops it."""
+        if not tokens or not self.tokenizer.decode(tokens).strip():
+            return []
+        start = max(0, tokens[0] - self.tokenizer.timestamp_begin) * self.whisper.time_precision
+        end = window.offset + window.duration
+        return [{"start": min(window.offset + start, end), "end": end, "tokens": tokens}]
 
     def _segment(self, part: dict[str, Any], answer: Answer, temperature: float) -> WhisperSegment:
         text = self.tokenizer.decode(part["tokens"])
