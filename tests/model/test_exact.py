@@ -147,12 +147,14 @@ def test_ten_transcriptions_in_shared_calls_never_mix(engine, company):
         audio, _ = Decoder().decode(SAMPLES / name, max_seconds=600, allow_partial=False)
         heard = Heard(0, 0)
         chosen = TranscriptionOptions(**options)
+        stretches = batched.stretches_of(audio, chosen)
+        windows = speech.windows(audio, stretches)
         return [
             row[:3] + row[5:]
             for row in seen(
                 segment_of(0, segment)
                 for segment in batched.transcribe(
-                    engine.model.whisper, company, audio, chosen, heard
+                    engine.model.whisper, company, windows, stretches, chosen, heard
                 )
             )
         ]

@@ -45,23 +45,27 @@ def can(audio: speech.Audio, options: TranscriptionOptions) -> bool:
     return options.vad_filter or len(audio) <= speech.WINDOW_SECONDS * SAMPLE_RATE
 
 
+def stretches_of(audio: speech.Audio, options: TranscriptionOptions) -> list[speech.Stretch]:
+    """All of it, unless silence is to be left out."""
+    if options.vad_filter:
+        return speech.find(audio, options)
+    return [{"start": 0, "end": len(audio)}]
+
+
 def transcribe(
     whisper: WhisperModel,
     scheduler: Scheduler,
-    audio: speech.Audio,
+    windows: list[Window],
+    stretches: list[speech.Stretch],
     options: TranscriptionOptions,
     heard: Heard,
 ) -> Generator[WhisperSegment, None, None]:
-    """Segments in their order; `heard` is filled in before the first. Closing the iterator takes
-    the windows that wait out of the queue."""
-    stretches: list[speech.Stretch] = [{"start": 0, "end": len(audio)}]
-    if options.vad_filter:
-        stretches = speech.find(audio, options)
-    heard.duration_after_vad = sum(s["end"] - s["start"] for s in stretches) / SAMPLE_RATE
+    """Segments in their order, with times of the recording that `stretches` are of; the language
+    of `heard` is filled in before the first. Closing the iterator takes the windows that wait out
+    of the queue."""
     run = _Run(whisper, scheduler, options, heard)
     try:
-        segments = run.segments(speech.windows(audio, stretches))
-        yield from restore_speech_timestamps(segments, stretches, SAMPLE_RATE)
+        yield from restore_speech_timestamps(run.segments(windows), stretches, SAMPLE_RATE)
     finally:
         scheduler.leave(run)
 

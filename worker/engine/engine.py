@@ -15,7 +15,7 @@ from faster_whisper.transcribe import Segment as WhisperSegment
 
 from shared.options import TranscriptionOptions
 from shared.schemas import Segment, Transcript
-from worker.engine import batched, sequential
+from worker.engine import batched, sequential, speech
 from worker.engine.decode import SAMPLE_RATE, Decoder
 from worker.engine.model import LoadedModel
 from worker.engine.scheduler import Scheduler
@@ -98,5 +98,8 @@ class Engine:
     ) -> Generator[WhisperSegment, None, None]:
         whisper = self.model.whisper
         if options.mode == "batched" and batched.can(audio, options):
-            return batched.transcribe(whisper, self._scheduler, audio, options, heard)
+            stretches = batched.stretches_of(audio, options)
+            heard.duration_after_vad = speech.seconds(stretches)
+            windows = speech.windows(audio, stretches)
+            return batched.transcribe(whisper, self._scheduler, windows, stretches, options, heard)
         return sequential.transcribe(whisper, audio, options, heard)

@@ -43,6 +43,10 @@ def find(audio: Audio, options: TranscriptionOptions) -> list[Stretch]:
     return found
 
 
+def seconds(stretches: list[Stretch]) -> float:
+    return sum(stretch["end"] - stretch["start"] for stretch in stretches) / SAMPLE_RATE
+
+
 def join(audio: Audio, stretches: list[Stretch]) -> Audio:
     """Nothing but the speech."""
     pieces = [audio[stretch["start"] : stretch["end"]] for stretch in stretches]
