@@ -1,7 +1,8 @@
 """What a caller may ask of a transcription, validated, and the fingerprint that follows from it.
 
 Names, meanings and defaults are faster-whisper's (`WhisperModel.transcribe`), but for
-`vad_filter`, which is on by default, as in the service that this one succeeds.
+`vad_filter`, which is on by default, as in the service that this one succeeds, and for `mode`,
+`fast` and `allow_partial`, which are ours.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from shared.languages import LANGUAGES
 
@@ -119,6 +120,11 @@ class TranscriptionOptions(BaseModel):
         "needs word_timestamps.",
     )
     without_timestamps: bool = Field(False, description="Text without times inside a window.")
+    fast: bool = Field(
+        False,
+        description="Let the model hear up to 20 s of speech with less silence after it; "
+        "needs mode=batched.",
+    )
     allow_partial: bool = Field(
         False, description="Transcribe what can be decoded of a file that ends early."
     )
@@ -151,6 +157,13 @@ class TranscriptionOptions(BaseModel):
     def _temperature_range(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(0 <= t <= 1 for t in value):
             raise ValueError("each temperature must lie between 0 and 1")
+        return value
+
+    @field_validator("fast")
+    @classmethod
+    def _fast_is_for_batched(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("mode") == "sequential":
+            raise ValueError("fast needs mode=batched")
         return value
 
     @field_validator("initial_prompt", "hotwords")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 
 import numpy as np
@@ -59,7 +59,7 @@ def ours(engine: Engine, name: str, **options) -> tuple[Seen, str]:
 
 def theirs(engine: Engine, name: str, mode: str, **options) -> tuple[Seen, str]:
     """faster-whisper itself, on the same model."""
-    chosen = TranscriptionOptions(**options).model_dump(exclude={"mode", "allow_partial"})
+    chosen = TranscriptionOptions(**options).model_dump(exclude={"mode", "fast", "allow_partial"})
     chosen["temperature"] = list(chosen["temperature"])
     model = engine.model.whisper
     pipeline = BatchedInferencePipeline(model) if mode == "batched" else model
@@ -110,7 +110,7 @@ def test_a_phrase_that_the_window_cuts_off_is_not_lost(engine):
     time = run.tokenizer.timestamp_begin
     first, last = (run.tokenizer.encode(text) for text in (" the quick fox", " over the dog"))
     tokens = [time, *first, time + 100, time + 150, *last]
-    window = speech.Window(np.zeros(16_000 * 5, np.float32), 10.0, 5.0)
+    window = speech.Window(np.zeros(16_000 * 5, np.float32), 10.0, 5.0, [])
     found = list(run._segments_of(window, Answer(tokens, -0.1, 0.0, None, 1.0)))
     assert [(s.text, s.start, s.end) for s in found] == [
         (" the quick fox", 10.0, 12.0),
@@ -222,6 +222,57 @@ def test_who_leaves_is_not_waited_for(engine, order):
     wait(other, timeout=30)
     assert ran == [1, 4]
     assert all(future.cancelled() for future in left)
+
+
+class Stop(Exception):
+    """What a caller raises who no longer wants the transcript."""
+
+
+def test_a_stop_while_an_answer_is_waited_for_leaves_the_queue(engine, order, monkeypatch):
+    """Nobody has to wait until the window that runs is done."""
+    made, ran, go = order
+    monkeypatch.setattr(batched, "CHECK_SECONDS", 0.01)
+    windows = [speech.Window(np.zeros(16_000, np.float32), n, 1.0, []) for n in range(20)]
+    checks: list[bool] = []
+
+    def checkpoint() -> None:
+        checks.append(bool(ran))
+        if len(checks) > 3 and ran:
+            raise Stop
+
+    options = TranscriptionOptions(language="en")
+    with pytest.raises(Stop):
+        list(
+            batched.transcribe(
+                engine.model.whisper, made, windows, [], options, Heard(0, 0), checkpoint
+            )
+        )
+    other = made.submit("other", [request_of(1000, engine)])
+    go.set()
+    wait(other, timeout=30)
+    assert len(ran) == 2, "the window that ran already, and the other's"
+
+
+@pytest.mark.parametrize(("replicas", "max_batch"), [(1, 1), (4, 1), (1, 16)])
+def test_a_long_recording_keeps_every_replica_busy(engine, monkeypatch, replicas, max_batch):
+    """Twice as many windows wait as can run, and no more: each is a megabyte."""
+    asked: list[Request] = []
+    with closing(Scheduler(engine.model.whisper, replicas=replicas, max_batch=max_batch)) as made:
+        monkeypatch.setattr(made, "submit", lambda _, new: asked.extend(new) or [Future()])
+        monkeypatch.setattr(batched, "CHECK_SECONDS", 0.01)
+
+        def stop() -> None:
+            raise Stop
+
+        windows = [speech.Window(np.zeros(16_000, np.float32), n, 1.0, []) for n in range(100)]
+        options = TranscriptionOptions(language="en")
+        with pytest.raises(Stop):
+            list(
+                batched.transcribe(
+                    engine.model.whisper, made, windows, [], options, Heard(0, 0), stop
+                )
+            )
+    assert len(asked) == 2 * replicas * max_batch + 1
 
 
 def test_a_call_that_fails_hurts_only_those_in_it(engine):

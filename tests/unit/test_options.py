@@ -16,6 +16,7 @@ from shared.languages import LANGUAGES
 from shared.options import TranscriptionOptions, VadParameters, fingerprint
 
 CHECKSUM = "0" * 64
+OURS = {"allow_partial", "fast", "mode", "vad_filter"}
 
 
 def same(left: dict, right: dict) -> bool:
@@ -57,6 +58,7 @@ def test_requests_that_mean_the_same_have_one_fingerprint(left, right):
         {"task": "translate"},
         {"vad_parameters": '{"threshold": 0.4}'},
         {"log_prob_threshold": "none"},
+        {"fast": "true"},
     ],
 )
 def test_requests_that_differ_have_another_fingerprint(changed):
@@ -82,12 +84,23 @@ def test_requests_that_differ_have_another_fingerprint(changed):
         ("initial_prompt", "a" * 2001),
         ("hotwords", "a\x00b"),
         ("no_such_option", "1"),
+        ("fast", "perhaps"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(field, value):
     with pytest.raises(ValidationError) as caught:
         TranscriptionOptions(**{field: value})
     assert caught.value.errors()[0]["loc"][0] == field
+
+
+def test_fast_is_refused_where_it_could_do_nothing():
+    """In mode sequential; the sentence says what to change."""
+    with pytest.raises(ValidationError) as caught:
+        TranscriptionOptions(fast="true", mode="sequential")
+    (error,) = caught.value.errors()
+    assert error["loc"] == ("fast",)
+    assert error["msg"] == "Value error, fast needs mode=batched"
+    assert TranscriptionOptions(fast="false", mode="sequential").mode == "sequential"
 
 
 @given(st.dictionaries(st.sampled_from(sorted(TranscriptionOptions.model_fields)), st.text()))
@@ -104,7 +117,7 @@ def test_every_option_is_one_of_faster_whispers():
     """Names and defaults are the library's, so its documentation holds for us too."""
     theirs = inspect.signature(WhisperModel.transcribe).parameters
     ours = TranscriptionOptions()
-    for name in set(TranscriptionOptions.model_fields) - {"allow_partial", "mode", "vad_filter"}:
+    for name in set(TranscriptionOptions.model_fields) - OURS:
         default = theirs[name].default
         value = getattr(ours, name)
         assert list(value) == list(default) if isinstance(value, tuple) else value == default, name

@@ -5,13 +5,17 @@ Text, segments and times are those of faster_whisper.BatchedInferencePipeline, w
 three things: here a window that looks wrong is tried again at higher temperatures (RETRIES times at
 most, so that the worst window costs a few normal ones), one that is likely silence gives no text,
 and a phrase that has no end by the end of its window is kept.
+
+With the option `fast` the encoder hears a short recording without most of the silence that Whisper
+is trained to have after it. An answer that looks wrong then counts for nothing: the window is heard
+in full, as if `fast` had not been asked for.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -38,6 +42,17 @@ from worker.engine.transcript import Heard
 
 RETRIES = 2  # above the first temperature
 RETRY_SAMPLES = 2  # of best_of
+CHECK_SECONDS = 0.5  # between two calls of `checkpoint` while an answer is waited for
+
+# Option `fast`. What is known of its accuracy, and where these numbers come from: API_DOCS.md.
+FAST_SECONDS = 20  # of speech, in one window: the most that it serves
+FAST_SILENCE_SECONDS = 3  # at least, after the speech
+FAST_CONTEXTS = (10, 12, 16, 20, 24)  # seconds; few, so that clips share calls
+FAST_TOKENS = 16  # more than these and
+FAST_TOKENS_PER_SECOND = 12  # these together: the decoder goes round in a loop
+
+FRAMES_PER_SECOND = 100
+FULL = speech.WINDOW_SECONDS * FRAMES_PER_SECOND  # frames
 
 
 def can(audio: speech.Audio, options: TranscriptionOptions) -> bool:
@@ -52,6 +67,14 @@ def stretches_of(audio: speech.Audio, options: TranscriptionOptions) -> list[spe
     return [{"start": 0, "end": len(audio)}]
 
 
+def frames_for(windows: list[Window], options: TranscriptionOptions) -> int:
+    """How much the encoder hears of each window: in full, unless `fast` allows less."""
+    if options.fast and len(windows) == 1 and windows[0].duration <= FAST_SECONDS:
+        needed = windows[0].duration + FAST_SILENCE_SECONDS
+        return next(s for s in FAST_CONTEXTS if s >= needed) * FRAMES_PER_SECOND
+    return FULL
+
+
 def transcribe(
     whisper: WhisperModel,
     scheduler: Scheduler,
@@ -59,11 +82,13 @@ def transcribe(
     stretches: list[speech.Stretch],
     options: TranscriptionOptions,
     heard: Heard,
+    checkpoint: Callable[[], None] = lambda: None,
 ) -> Generator[WhisperSegment, None, None]:
     """Segments in their order, with times of the recording that `stretches` are of; the language
-    of `heard` is filled in before the first. Closing the iterator takes the windows that wait out
-    of the queue."""
-    run = _Run(whisper, scheduler, options, heard)
+    of `heard` is filled in before the first. `checkpoint` is called every CHECK_SECONDS while an
+    answer is waited for, and raises to stop. Then, and when the iterator is closed, the windows
+    that wait leave the queue."""
+    run = _Run(whisper, scheduler, options, heard, checkpoint)
     try:
         yield from restore_speech_timestamps(run.segments(windows), stretches, SAMPLE_RATE)
     finally:
@@ -78,6 +103,7 @@ class _Run:
     scheduler: Scheduler
     options: TranscriptionOptions
     heard: Heard
+    checkpoint: Callable[[], None] = lambda: None
     tokenizer: Tokenizer = None
     last_speech: float = 0.0  # end of the last word, for the times of the next
 
@@ -90,23 +116,36 @@ class _Run:
             self._listen_to_silence(language)
             return
         rest = iter(windows)
-        if not language:  # the first window tells; the others wait for it
+        frames = frames_for(windows, self.options)
+        if not language or frames < FULL:  # the first window tells; the others wait for it
             first = next(rest)
-            answer = self._ask(first, is_language_known=False).result()
-            assert answer.language is not None
-            self.heard.language = answer.language
-            self.heard.language_probability = answer.language_probability
-            self._speak(answer.language)
+            answer = self._first_answer(first, frames, is_language_known=bool(language))
+            if answer.language:
+                self.heard.language = answer.language
+                self.heard.language_probability = answer.language_probability
+                self._speak(answer.language)
             yield from self._segments_of(first, answer)
         ahead: deque[tuple[Window, Future[Answer]]] = deque()
         for window in rest:
             # Not all at once: each waits as a spectrogram of a megabyte.
             ahead.append((window, self._ask(window)))
-            if len(ahead) > 2 * self.scheduler.max_batch:
+            if len(ahead) > 2 * self.scheduler.capacity:
                 done, future = ahead.popleft()
-                yield from self._segments_of(done, future.result())
+                yield from self._segments_of(done, self._wait(future))
         for done, future in ahead:
-            yield from self._segments_of(done, future.result())
+            yield from self._segments_of(done, self._wait(future))
+
+    def _first_answer(self, window: Window, frames: int, *, is_language_known: bool) -> Answer:
+        """Where fewer frames give a doubtful one, that of all frames, its language included."""
+        answer = self._wait(self._ask(window, frames=frames, is_language_known=is_language_known))
+        if frames < FULL and self._is_doubtful(window, answer):
+            return self._wait(self._ask(window, is_language_known=is_language_known))
+        return answer
+
+    def _wait(self, future: Future[Answer]) -> Answer:
+        while not wait([future], timeout=CHECK_SECONDS).done:
+            self.checkpoint()
+        return future.result()
 
     def _speak(self, language: str) -> None:
         self.tokenizer = Tokenizer(
@@ -124,7 +163,12 @@ class _Run:
             self.heard.language, self.heard.language_probability = found, probability
 
     def _ask(
-        self, window: Window, *, is_language_known: bool = True, temperature: float | None = None
+        self,
+        window: Window,
+        *,
+        frames: int = FULL,
+        is_language_known: bool = True,
+        temperature: float | None = None,
     ) -> Future[Answer]:
         options, tokenizer = self.options, self.tokenizer
         features = self.whisper.feature_extractor(window.audio)[..., :-1]
@@ -148,7 +192,7 @@ class _Run:
             has_timestamps=not options.without_timestamps,
         )
         request = Request(
-            features=pad_or_trim(features),
+            features=pad_or_trim(features, frames),
             prompt=prompt,
             decoding=decoding,
             language_at=None if is_language_known else prompt.index(tokenizer.language),
@@ -162,7 +206,7 @@ class _Run:
         for retry in self.options.temperature[1 : 1 + RETRIES]:
             if not self._looks_wrong(best):
                 break
-            again = self._ask(window, temperature=retry).result()
+            again = self._wait(self._ask(window, temperature=retry))
             if again.avg_logprob > best.avg_logprob or not self._looks_wrong(again):
                 best, temperature = again, retry
         if self._is_silence(best):
@@ -231,3 +275,15 @@ class _Run:
         text = self.tokenizer.decode(answer.tokens).strip()
         is_repetitive = most is not None and get_compression_ratio(text) > most
         return is_repetitive or (least is not None and answer.avg_logprob < least)
+
+    def _is_doubtful(self, window: Window, answer: Answer) -> bool:
+        """The tests of `fast`: stricter, because a second look costs little. Hearing nothing is
+        doubtful too, as the window was taken for speech."""
+        most = FAST_TOKENS + FAST_TOKENS_PER_SECOND * window.duration
+        return (
+            answer.ran_out
+            or len(answer.tokens) > most
+            or not self.tokenizer.decode(answer.tokens).strip()
+            or self._is_silence(answer)
+            or self._looks_wrong(answer)
+        )

@@ -1,7 +1,7 @@
 """Which windows run when: those of all transcriptions of this worker share the model here.
 
-A window that can share a call with others (the same decoding, a prompt of the same length) joins
-them, up to `max_batch`. Who has had the least goes first, so a clip never waits for a long
+A window that can share a call with others (same decoding, prompts of one length, as many frames)
+joins them, up to `max_batch`. Who has had the least goes first, so a clip never waits for a long
 recording, and long ones share evenly; every fourth turn goes to who came first, so that clips can't
 starve a long recording.
 """
@@ -43,7 +43,7 @@ class Decoding:
 class Request:
     """One window to encode and decode."""
 
-    features: NDArray[np.float32]  # (mels, 3000)
+    features: NDArray[np.float32]  # (mels, frames): an even number, 3000 at most
     prompt: list[int]
     decoding: Decoding
     language_at: int | None  # where in `prompt` the language goes once it is detected
@@ -58,6 +58,7 @@ class Answer:
     language: str | None  # detected; None when it was given
     language_probability: float
     encoding: Any = None  # ctranslate2.StorageView of this window alone, where it was kept
+    ran_out: bool = False  # of room for more tokens: it may be the middle of a sentence
 
 
 @dataclass
@@ -77,7 +78,8 @@ class Scheduler:
 
     def __init__(self, whisper: WhisperModel, *, replicas: int, max_batch: int):
         self._whisper = whisper
-        self.max_batch = max_batch
+        self._max_batch = max_batch
+        self.capacity = replicas * max_batch  # windows that can run at the same time
         self._lines: dict[object, Line] = {}
         self._turn = 0
         self._changed = threading.Condition()
@@ -147,7 +149,7 @@ class Scheduler:
             lines.sort(key=lambda line: line.served)  # else in the order of their arrival
         first = lines[0].waiting[0][0]
         batch: list[tuple[Request, Future[Answer]]] = []
-        size = 1 if first.keeps_encoding else self.max_batch
+        size = 1 if first.keeps_encoding else self._max_batch
         for line in lines:
             while len(batch) < size and line.waiting and self._fits(line.waiting[0][0], first):
                 request, future = line.waiting.popleft()
@@ -159,7 +161,9 @@ class Scheduler:
     @staticmethod
     def _fits(request: Request, first: Request) -> bool:
         return request is first or (
-            request.decoding == first.decoding and not request.keeps_encoding
+            request.decoding == first.decoding
+            and request.features.shape == first.features.shape
+            and not request.keeps_encoding
         )
 
     def _run(self, requests: list[Request]) -> list[Answer]:
@@ -193,9 +197,16 @@ class Scheduler:
                     language=language,
                     language_probability=probability,
                     encoding=encoding if request.keeps_encoding else None,
+                    ran_out=len(tokens) >= _room(whisper, request.prompt),
                 )
             )
         return answers
+
+
+def _room(whisper: WhisperModel, prompt: list[int]) -> int:
+    """The most tokens that CTranslate2 answers; the prompt's last one is not counted."""
+    most: int = whisper.max_length
+    return min(most // 2, most - (len(prompt) - 1))
 
 
 def generate(whisper: WhisperModel, encoding: Any, prompts: list[list[int]], how: Decoding) -> Any:
