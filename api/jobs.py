@@ -18,7 +18,7 @@ from shared.errors import (
     ResultNotReady,
 )
 from shared.jobs import Job, JobStatus
-from shared.schemas import Failure, JobEnded, JobResult, JobView
+from shared.schemas import Failure, JobEnded, JobPartial, JobResult, JobView, Transcript
 
 router = APIRouter(tags=["jobs"])
 
@@ -96,6 +96,29 @@ async def result(
             retry_after_seconds=poll_after_seconds(job),
         )
     return formats.render(format, job.job_id, await store.transcript(job))
+
+
+@router.get(
+    "/jobs/{job_id}/partial", response_model=JobPartial, summary="Read what is transcribed so far"
+)
+async def partial(job_id: str, request: Request, response: Response) -> JobPartial:
+    """The beginning of a long recording while the rest is still running: it grows part by part. A
+    short one has nothing until it is done."""
+    store = state_of(request).store
+    job = await store.read(job_id_of(job_id))
+    response.headers["Cache-Control"] = "no-store"
+    if job.status is JobStatus.COMPLETED:
+        segments = Transcript.model_validate_json(await store.transcript(job)).segments
+    else:
+        segments = await store.partial(job)
+        response.headers["Retry-After"] = str(poll_after_seconds(job))
+    return JobPartial(
+        job_id=job.job_id,
+        status=job.status,
+        progress=job.progress,
+        text="".join(segment.text for segment in segments).strip(),
+        segments=segments,
+    )
 
 
 @router.delete(

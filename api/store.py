@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from celery import Celery
@@ -24,6 +25,7 @@ from shared import keys
 from shared.broker import QUEUE_NAME, doorbell, short
 from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable
 from shared.jobs import Job
+from shared.schemas import Segment
 from shared.scripts import has_script_flags, source
 from shared.settings import Settings
 from shared.storage import Manifest
@@ -128,6 +130,22 @@ class JobStore:
         if text is None:
             raise JobExpired
         return str(text).encode()
+
+    async def partial(self, job: Job) -> list[Segment]:
+        """What is there of an unfinished job: the segments of its parts, up to the first gap."""
+        fingerprint = job.fingerprint
+        try:
+            number = int(await self._redis.hget(keys.transcription(fingerprint), "parts") or 0)
+            units = [keys.part(fingerprint, n) for n in range(number)]
+            results = await self._redis.mget([keys.transcript(u) for u in units]) if units else []
+        except RedisError as exc:
+            raise _unavailable(exc) from exc
+        segments = [
+            segment
+            for result in takewhile(bool, results)
+            for segment in json.loads(result or "")["segments"]
+        ]
+        return [Segment.model_validate({**s, "id": n}) for n, s in enumerate(segments)]
 
     async def cancel(self, job_id: str) -> str:
         """unknown | finished | cancelled"""

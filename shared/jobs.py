@@ -9,7 +9,11 @@
                |              |  |  +--------------------> cancelled
                |              +--|-----------------------> cancelled
                +-----------------+
-                 release (a worker hands it back), reap (its lease ended)
+                 release, replan (a worker hands it back), reap (its lease ended)
+
+A long recording is split while it is processing: its parts go the same way (queued, processing,
+completed), each by itself, and when the last one is done the transcription is claimed once more, to
+be joined.
 
 A transcription moves only in shared/lua/*.lua, whose scripts check the arrow and act in one step. A
 job has no moves of its own: it shows its transcription's status until that ends, then keeps the
@@ -23,6 +27,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
+
+from shared import keys
 
 
 class JobStatus(StrEnum):
@@ -55,29 +61,47 @@ def instant(milliseconds: str | None) -> datetime | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """A worker's right to transcribe one transcription, for as long as its lease is renewed."""
+    """A worker's right to one unit of work (a transcription, or a part of a long one), for as long
+    as its lease is renewed."""
 
-    fingerprint: str
+    fingerprint: str  # of the transcription
+    part: int | None  # its number; None: the whole transcription
     claim_id: str  # the fencing token: random, so that no other claim ever equals it
     checksum: str  # SHA-256 of the upload, hex
     options: str  # canonical JSON of TranscriptionOptions
-    attempt: int  # counted from 1
+    attempt: int  # at this unit, counted from 1
     queued_at: datetime
     holders: tuple[str, ...]  # ids of jobs whose folder may hold the upload
+    plan: str = ""  # worker.engine.parts.Plan, JSON, once the recording runs in parts
+    parts: int = 0
+
+    @property
+    def unit(self) -> str:
+        """As the scripts name it: _common.lua."""
+        return self.fingerprint if self.part is None else keys.part(self.fingerprint, self.part)
+
+    @property
+    def is_join(self) -> bool:
+        """All its parts are done."""
+        return self.part is None and self.parts > 0
 
     @classmethod
     def of(cls, claim_id: str, reply: list[Any]) -> Claim:
         """From the reply of claim.lua."""
-        fingerprint, fields, holders = reply
+        unit, fields, attempts, holders = reply
+        fingerprint, _, number = unit.partition("#")
         record = pairs(fields)
         return cls(
             fingerprint=fingerprint,
+            part=int(number) if number else None,
             claim_id=claim_id,
             checksum=record["checksum"],
             options=record["options"],
-            attempt=int(record["attempts"]),
+            attempt=int(attempts),
             queued_at=datetime.fromtimestamp(int(record["queued_us"]) / 1e6, UTC),
             holders=tuple(holders),
+            plan=record.get("plan", ""),
+            parts=int(record.get("parts", 0)),
         )
 
 
@@ -116,7 +140,7 @@ class Job:
             fingerprint=job["fingerprint"],
             status=status,
             outcome=job["outcome"],
-            progress=1.0 if status is JobStatus.COMPLETED else float(work.get("progress") or 0),
+            progress=1.0 if status is JobStatus.COMPLETED else _share(work.get("progress")),
             queue_position=int(rank) + 1 if status is JobStatus.QUEUED and int(rank) >= 0 else None,
             attempts=int(work.get("attempts") or 0),
             duration=float(work["duration"]) if work.get("duration") else None,
@@ -128,6 +152,11 @@ class Job:
             error_code=job.get("error_code", ""),
             error_message=job.get("error_message", ""),
         )
+
+
+def _share(progress: str | None) -> float:
+    """0 to 1: sums of parts are not exact."""
+    return min(1.0, max(0.0, round(float(progress or 0), 4)))
 
 
 def pairs(flat: list[str]) -> Mapping[str, str]:

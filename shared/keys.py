@@ -4,10 +4,13 @@ name (after the `{whisper}:` prefix)  type    lifetime           meaning
 ------------------------------------  ------  -----------------  ----------------------------------
 job:<job id>                          hash    retention + grace  one caller's claim ticket
 transcription:<fingerprint>           hash    retention + grace  the unit of work behind jobs
+transcription:<fingerprint>#<number>  hash    its parent's run   a part of a long recording
 holders:<fingerprint>                 set     as transcription   ids of the jobs that hold it
 transcript:<fingerprint>              string  retention          the result, rendered JSON
+transcript:<fingerprint>#<number>     string  its parent's run   a part's segments, JSON
 queue                                 zset    for ever           fingerprint -> queued at (us)
-leases                                zset    for ever           fingerprint -> lease end (ms)
+parts                                 zset    for ever           part -> its parent's place (us)
+leases                                zset    for ever           unit of work -> lease end (ms)
 transcripts                           zset    for ever           fingerprint -> its end (ms)
 transcript_sizes                      hash    for ever           fingerprint -> bytes
 counters                              hash    for ever           what happened since the store began
@@ -26,6 +29,7 @@ from __future__ import annotations
 PREFIX = "{whisper}:"
 
 QUEUE = PREFIX + "queue"
+PARTS = PREFIX + "parts"
 LEASES = PREFIX + "leases"
 TRANSCRIPTS = PREFIX + "transcripts"
 TRANSCRIPT_SIZES = PREFIX + "transcript_sizes"
@@ -49,6 +53,11 @@ def transcript(fingerprint: str) -> str:
     return f"{PREFIX}transcript:{fingerprint}"
 
 
+def part(fingerprint: str, number: int) -> str:
+    """The unit of work, in the place of a fingerprint; as part() of _common.lua."""
+    return f"{fingerprint}#{number:04}"
+
+
 def worker(worker_id: str) -> str:
     return f"{PREFIX}worker:{worker_id}"
 
@@ -58,6 +67,7 @@ LUA_PRELUDE = "\n".join(
         f"local {name.upper()} = '{value}'"
         for name, value in [
             ("queue", QUEUE),
+            ("parts", PARTS),
             ("leases", LEASES),
             ("transcripts", TRANSCRIPTS),
             ("transcript_sizes", TRANSCRIPT_SIZES),

@@ -45,7 +45,7 @@ JOB_ERRORS = (
     "internal_error",
 )
 STAGES = ("decode", "transcribe", "store")
-CLEANED = ("upload", "abandoned_upload", "transcript")
+CLEANED = ("upload", "abandoned_upload", "transcript", "part")
 
 
 def build_info(registry: CollectorRegistry = REGISTRY) -> None:

@@ -100,6 +100,16 @@ class JobResult(Transcript):
     status: JobStatus
 
 
+class JobPartial(BaseModel):
+    """GET /jobs/{job_id}/partial."""
+
+    job_id: str
+    status: JobStatus
+    progress: float = Field(description="Share of the audio that is transcribed, 0 to 1.")
+    text: str = Field(description="The beginning, as far as it is done without a gap.")
+    segments: list[Segment]
+
+
 class JobEnded(BaseModel):
     """DELETE /jobs/{job_id}."""
 

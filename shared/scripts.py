@@ -9,7 +9,19 @@ from shared.keys import LUA_PRELUDE
 # Verbs that free memory or save work that is done: Redis must run them even above its maxmemory.
 # The flag line exists since Redis 7.0; an older server gets the script without it.
 _ALLOWED_OVER_MEMORY = frozenset(
-    {"renew", "finish", "release", "reap", "evict", "cancel", "erase", "read"}
+    {
+        "renew",
+        "split",
+        "finish_part",
+        "finish",
+        "release",
+        "replan",
+        "reap",
+        "evict",
+        "cancel",
+        "erase",
+        "read",
+    }
 )
 
 

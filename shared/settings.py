@@ -63,7 +63,9 @@ class Settings(BaseSettings):
         ComputeType.DEFAULT,
         description="int8, float16, float32...; default: as the model is stored.",
     )
-    cpu_threads: int = Field(0, ge=0, description="Threads of one transcription; 0: cores / slots.")
+    cpu_threads: int = Field(
+        0, ge=0, description="Threads of one transcription; 0: by the cores and slots."
+    )
 
     # --- limits
     max_file_size_mb: int = Field(100, ge=1, description="Largest upload, in MiB.")
@@ -75,12 +77,19 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65_535, description="Port that the API listens on.")
     workers: int = Field(1, ge=1, le=64, description="API processes in one replica.")
     worker_slots: int = Field(
-        1, ge=1, le=64, description="Transcriptions that one worker runs at a time."
+        0,
+        ge=0,
+        le=64,
+        description="Transcriptions that one worker runs at a time; 0: by the machine.",
     )
     worker_cpus: str = Field("", description="Cores a worker is pinned to, like 0-3,8; empty: all.")
     worker_http_host: str = Field("127.0.0.1", description="Address of the worker's own endpoint.")
     worker_http_port: int = Field(
         9101, ge=0, le=65_535, description="Port of the worker's /healthz and /metrics."
+    )
+
+    part_seconds: int = Field(
+        300, ge=30, description="Recordings with twice as much speech run in parts of this length."
     )
 
     # --- storage

@@ -4,6 +4,7 @@
                                 audio.part       an upload that is still arriving
                                 manifest.json    what is needed to submit the job again
                                 transcript.json  finished work that could not be committed yet
+    <data dir>/parts/<fingerprint>/<number>.npz  speech of a part of a long recording
 
 Whoever ends a job removes its folder: nothing is shared, so nothing is counted or locked, and a job
 that joins another one's transcription keeps its own way back (a hard link, so no second copy). A
@@ -46,6 +47,7 @@ class Storage:
     def __init__(self, data_dir: Path):
         self.root = data_dir / "uploads"
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._parts = data_dir / "parts"
 
     def folder(self, job_id: str) -> Path:
         """Raises ValueError unless `job_id` is a UUID, so no path leaves the root."""
@@ -118,6 +120,24 @@ class Storage:
             return time.time() - max(newest, self.folder(job_id).stat().st_mtime)
         except OSError:
             return 0.0
+
+    def part(self, fingerprint: str, number: int) -> Path:
+        return self._parts / fingerprint / f"{number}.npz"
+
+    def save_part(self, fingerprint: str, number: int, content: bytes) -> None:
+        """Raises OSError, for one when the disk is full."""
+        path = self.part(fingerprint, number)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(path, content)
+
+    def remove_parts(self, fingerprint: str) -> None:
+        shutil.rmtree(self._parts / fingerprint, ignore_errors=True)
+
+    def settled_parts(self, seconds: float) -> list[str]:
+        """Fingerprints of the recordings whose parts were written longer ago than that."""
+        with suppress(FileNotFoundError), os.scandir(self._parts) as entries:
+            return [e.name for e in entries if time.time() - e.stat().st_mtime > seconds]
+        return []
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free

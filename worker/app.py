@@ -19,7 +19,7 @@ from shared.broker import QUEUE_NAME, TASK_NAME, celery_app
 from shared.errors import InvalidSettings, StoreUnavailable
 from shared.settings import Settings, parse_cpus
 from shared.storage import Storage
-from worker import health
+from worker import health, tuning
 from worker.engine import ffmpeg, model
 from worker.engine.decode import Decoder
 from worker.engine.engine import Engine
@@ -45,7 +45,10 @@ def run(settings: Settings) -> int:
     ffmpeg.require_version()
     decoder = Decoder()
     decoder.start()  # it is ready when the model is
-    loaded = model.load(settings)
+    device = model.device_of(settings)
+    room = tuning.capacity(settings, device, tuning.usable_cores())
+    settings = settings.model_copy(update={"worker_slots": room.slots})
+    loaded = model.load(settings, replicas=room.replicas, threads=room.threads)
     log.info(
         "model is warm",
         extra={
@@ -53,6 +56,9 @@ def run(settings: Settings) -> int:
             "model": loaded.name,
             "device": loaded.device,
             "compute_type": loaded.compute_type,
+            "slots": room.slots,
+            "replicas": room.replicas,
+            "threads": room.threads,
             "seconds": round(loaded.load_seconds, 3),
         },
     )
@@ -85,11 +91,14 @@ def run(settings: Settings) -> int:
     reaper = Reaper(store, storage, settings, lambda kind, n: counted.cleaned.labels(kind).inc(n))
     engine = Engine(
         loaded,
-        replicas=settings.worker_slots,
+        replicas=room.replicas,
         max_audio_seconds=settings.max_audio_seconds,
+        part_seconds=settings.part_seconds,
         decoder=decoder,
     )
-    service = Service(settings, store, storage, engine, heartbeat, reaper, counted)
+    # One slot stays free for short recordings, where there is more than one.
+    parts = threading.Semaphore(max(1, room.slots - 1))
+    service = Service(settings, store, storage, engine, heartbeat, reaper, counted, parts)
     endpoint = health.serve(
         settings.worker_http_host,
         settings.worker_http_port,
@@ -114,9 +123,11 @@ def run(settings: Settings) -> int:
 
 
 def pin(cpus: frozenset[int]) -> None:
-    """Keeps this process on some cores. Raises InvalidSettings where that can't be."""
+    """Keeps this process on some cores, with the threads that libraries have started on import.
+    Raises InvalidSettings where that can't be."""
     try:
-        os.sched_setaffinity(0, cpus)
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cpus)
     except (AttributeError, OSError, ValueError) as exc:
         raise InvalidSettings(
             f"WORKER_CPUS={','.join(map(str, sorted(cpus)))} can't be had on this machine: {exc}"

@@ -72,6 +72,7 @@ class Reaper(threading.Thread):
         if time.monotonic() >= self._next_reconcile:
             began = time.monotonic()
             self.reconcile_uploads()
+            self.remove_parts()
             ended = time.monotonic()
             self._next_reconcile = ended + max(RECONCILE_SECONDS, (ended - began) * 20)
         evicted = self._store.evict(self._settings.result_cache_max_mb * 1024 * 1024)
@@ -107,6 +108,13 @@ class Reaper(threading.Thread):
                     self._remove(job_id, "upload")
                 elif state == "unknown":
                     self._adopt(job_id)
+
+    def remove_parts(self) -> None:
+        """Of recordings that were cancelled, or failed, or are whole again."""
+        for fingerprint in self._storage.settled_parts(SETTLED_SECONDS):
+            if not self._store.runs_in_parts(fingerprint):
+                self._storage.remove_parts(fingerprint)
+                self._on_clean("part", 1)
 
     def _adopt(self, job_id: str) -> None:
         age_seconds = self._storage.age_seconds(job_id)

@@ -28,7 +28,18 @@ from shared.scripts import has_script_flags, source
 from shared.settings import Settings
 from shared.storage import Manifest
 
-VERBS = ("claim", "renew", "finish", "release", "reap", "evict", "submit")
+VERBS = (
+    "claim",
+    "renew",
+    "split",
+    "finish_part",
+    "finish",
+    "release",
+    "replan",
+    "reap",
+    "evict",
+    "submit",
+)
 
 
 class WorkerStore:
@@ -54,18 +65,53 @@ class WorkerStore:
         self._scripts: dict[str, Script] = {}
         self._loading = threading.Lock()
 
-    def claim(self) -> Claim | None:
-        """The transcription that should run next, now ours; None when nothing is queued."""
+    def claim(self, *, takes_parts: bool = True) -> Claim | None:
+        """What should run next, now ours; None when nothing is queued. `takes_parts`: also a part
+        of a long recording."""
         claim_id = str(uuid4())
-        reply = self._run("claim", claim_id, self.worker_id, self._settings.lease_ms)
+        reply = self._run(
+            "claim", claim_id, self.worker_id, self._settings.lease_ms, int(takes_parts)
+        )
         return Claim.of(claim_id, reply) if reply else None
 
     def renew(self, claim: Claim, progress: float) -> str:
         """ok | cancelled | lost"""
         reply = self._run(
-            "renew", claim.fingerprint, claim.claim_id, self._settings.lease_ms, f"{progress:.4f}"
+            "renew", claim.unit, claim.claim_id, self._settings.lease_ms, f"{progress:.4f}"
         )
         return str(reply)
+
+    def split(self, claim: Claim, plan: str, shares: Sequence[float]) -> str:
+        """From now on the parts are what workers claim. ok | lost"""
+        numbers = [f"{share:.6f}" for share in shares]
+        return str(self._run("split", claim.fingerprint, claim.claim_id, plan, *numbers))
+
+    def finish_part(self, claim: Claim, segments: str) -> str:
+        """ok | lost"""
+        return str(self._run("finish_part", claim.unit, claim.claim_id, segments))
+
+    def part_results(self, claim: Claim) -> list[str | None]:
+        """What finish_part was given for each part."""
+        units = [keys.part(claim.fingerprint, number) for number in range(claim.parts)]
+        with _translated():
+            return cast(
+                "list[str | None]", self._redis.mget([keys.transcript(unit) for unit in units])
+            )
+
+    def replan(self, claim: Claim) -> tuple[str, list[str]]:
+        """A part's audio is gone: (requeued | failed | lost, jobs that it ended)."""
+        error = HandbackLimit()
+        reply = self._run(
+            "replan",
+            claim.unit,
+            claim.claim_id,
+            self._settings.max_handbacks,
+            error.code,
+            error.message,
+            self._settings.retention_ms,
+            self._settings.grace_ms,
+        )
+        return reply[0], reply[1] if len(reply) > 1 else []
 
     def complete(
         self, claim: Claim, transcript: bytes, model: str, seconds: float
@@ -116,6 +162,10 @@ class WorkerStore:
             self._settings.grace_ms,
         )
         return str(outcome)
+
+    def runs_in_parts(self, fingerprint: str) -> bool:
+        with _translated():
+            return bool(self._redis.hexists(keys.transcription(fingerprint), "parts"))
 
     def job_states(self, job_ids: Sequence[str]) -> list[str]:
         """For each id: unknown | unfinished | finished."""
@@ -190,7 +240,7 @@ class WorkerStore:
     ) -> tuple[str, list[str]]:
         reply = self._run(
             "release",
-            claim.fingerprint,
+            claim.unit,
             claim.claim_id,
             blame,
             limit,

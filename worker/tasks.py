@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -28,9 +29,10 @@ from shared.options import TranscriptionOptions
 from shared.schemas import Transcript
 from shared.settings import Settings
 from shared.storage import Storage
-from worker.engine.engine import Engine
+from worker.engine.engine import Engine, StageTimer
+from worker.engine.parts import Part, Plan, Result, join
 from worker.heartbeat import Heartbeat, Interrupted, Run
-from worker.reaper import Reaper
+from worker.reaper import MAX_BELLS, Reaper
 from worker.store import WorkerStore
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,13 @@ log = logging.getLogger(__name__)
 COMMIT_RETRY_SECONDS = 600.0
 COMMIT_PAUSE_SECONDS = 1.0
 Reply = TypeVar("Reply")
+
+
+ENDS_OF_JOBS = {"completed", "failed", "cancelled", "lost", "released"}
+
+
+class PartMissing(Exception):
+    """The file of a part, or what became of one, is not there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Service:
     heartbeat: Heartbeat
     reaper: Reaper
     metrics: WorkerMetrics
+    parts: threading.Semaphore  # how many parts of long recordings may run here at a time
     draining: threading.Event = field(default_factory=threading.Event)
 
 
@@ -58,7 +68,7 @@ class Service:
 class Ended:
     """What became of a claimed transcription; Flower shows its text as the task's result."""
 
-    end: str  # see work
+    end: str  # see `work`
     transcription: str  # see shared.broker.short
     attempt: int
     seconds: float
@@ -68,18 +78,25 @@ class Ended:
 
 
 def transcribe_next(service: Service) -> Ended | None:
-    """Runs the transcription that should run next; returns at once when there is none."""
+    """Runs what should run next; returns at once when there is nothing."""
     if service.draining.is_set():
         return None
+    takes_parts = service.parts.acquire(blocking=False)
     try:
-        claim = service.store.claim()
+        claim = service.store.claim(takes_parts=takes_parts)
+        return run_claimed(service, claim) if claim else None
     except StoreUnavailable:
         log.warning("no claim: the store is away", extra={"action": "claim_failed"})
         return None
-    if claim is None:
-        return None
+    finally:
+        if takes_parts:
+            service.parts.release()
+
+
+def run_claimed(service: Service, claim: Claim) -> Ended:
     context.set({"fingerprint": short(claim.fingerprint), "attempt": str(claim.attempt)})
-    service.metrics.queue_wait.observe(max(0.0, time.time() - claim.queued_at.timestamp()))
+    if claim.part is None and not claim.is_join:
+        service.metrics.queue_wait.observe(max(0.0, time.time() - claim.queued_at.timestamp()))
     service.metrics.active.inc()
     began = time.perf_counter()
     try:
@@ -89,17 +106,26 @@ def transcribe_next(service: Service) -> Ended | None:
         context.set({})
         service.metrics.active.dec()
         service.metrics.busy_seconds.inc(time.perf_counter() - began)
-    service.metrics.jobs.labels(end, service.engine.model.name).inc()
     seconds = time.perf_counter() - began
+    if end in ENDS_OF_JOBS:
+        service.metrics.jobs.labels(end, service.engine.model.name).inc()
     if end in {"completed", "failed"}:
         service.metrics.duration.observe(seconds)
     return Ended(end, short(claim.fingerprint), claim.attempt, seconds)
 
 
 def work(service: Service, claim: Claim, run: Run) -> str:
-    """One claimed transcription, to its end: completed | failed | cancelled | lost | released."""
-    log.info("claimed", extra={"action": "claimed", "holders": len(claim.holders)})
+    """One claimed unit of work, to its end: one of ENDS_OF_JOBS; split, a long recording that goes
+    on in parts; part, one of these is done."""
+    log.info(
+        "claimed",
+        extra={"action": "claimed", "holders": len(claim.holders), "part": claim.part},
+    )
     try:
+        if claim.part is not None:
+            return transcribe_part(service, claim, run)
+        if claim.is_join:
+            return complete(service, claim, joined(service, claim))
         holder = find_holder(service, claim)
         spooled = service.storage.spooled(holder)
         transcript = (
@@ -107,18 +133,22 @@ def work(service: Service, claim: Claim, run: Run) -> str:
             if spooled
             else transcribe(service, claim, run, service.storage.audio(holder))
         )
+        if transcript is None:
+            return "split"
     except Interrupted as stop:
         return interrupted(service, claim, stop.reason)
     except (MediaError, InputMissing) as exc:
         return fail(service, claim, exc)
     except FileNotFoundError:  # the job whose upload it was is cancelled; others may hold it
         return hand_back(service, claim)
+    except PartMissing:
+        return replan(service, claim)
     except StoreUnavailable:
         return "lost"
     except Exception:
         log.exception("the engine failed", extra={"action": "engine_failed"})
         return retry(service, claim)
-    return complete(service, claim, holder, transcript)
+    return complete(service, claim, transcript, holder)
 
 
 def find_holder(service: Service, claim: Claim) -> str:
@@ -130,26 +160,100 @@ def find_holder(service: Service, claim: Claim) -> str:
     return found
 
 
-def transcribe(service: Service, claim: Claim, run: Run, audio: Path) -> Transcript:
-    metrics = service.metrics
-    options = TranscriptionOptions.model_validate_json(claim.options)
-    transcript = service.engine.transcribe(
-        audio,
-        options,
-        run.checkpoint,
-        lambda stage, seconds: metrics.stage.labels(stage).observe(seconds),
+def transcribe(service: Service, claim: Claim, run: Run, audio: Path) -> Transcript | None:
+    """None: the recording is long, and goes on in parts."""
+    engine, options = service.engine, options_of(claim)
+    stage = stage_of(service)
+    recording = engine.prepare(audio, options, run.checkpoint, stage)
+    planned = engine.plan(recording, options)
+    if planned and split(service, claim, *planned):
+        return None
+    transcript = engine.hear(recording, options, run.checkpoint, stage)
+    count_transcript(service, transcript)
+    return transcript
+
+
+def options_of(claim: Claim) -> TranscriptionOptions:
+    return TranscriptionOptions.model_validate_json(claim.options)
+
+
+def stage_of(service: Service) -> StageTimer:
+    return lambda stage, seconds: service.metrics.stage.labels(stage).observe(seconds)
+
+
+def split(service: Service, claim: Claim, plan: Plan, parts: list[Part]) -> bool:
+    """Saves the parts for whichever workers will claim them. False: there is no room for them, so
+    the recording is transcribed here. Raises StoreUnavailable when the claim is lost."""
+    total = sum(part.seconds for part in parts)
+    try:
+        for number, part in enumerate(parts):
+            service.storage.save_part(claim.fingerprint, number, part.pack())
+    except OSError:
+        log.exception("the parts could not be saved", extra={"action": "split_failed"})
+        service.storage.remove_parts(claim.fingerprint)
+        return False
+    shares = [part.seconds / total for part in parts]
+    reply = commit(service, lambda: service.store.split(claim, plan.model_dump_json(), shares))
+    if reply != "ok":
+        raise StoreUnavailable("The claim was lost before the recording was split")
+    log.info("split", extra={"action": "split", "parts": len(parts)})
+    ring(service, len(parts))
+    return True
+
+
+def transcribe_part(service: Service, claim: Claim, run: Run) -> str:
+    assert claim.part is not None
+    try:
+        content = service.storage.part(claim.fingerprint, claim.part).read_bytes()
+        part = Part.unpack(content)
+    except (OSError, ValueError) as exc:
+        raise PartMissing from exc
+    plan = Plan.model_validate_json(claim.plan)
+    result = service.engine.hear_part(
+        part, plan, options_of(claim), run.checkpoint, stage_of(service)
     )
+    content_of_result = result.model_dump_json(exclude_none=True)
+    if commit(service, lambda: service.store.finish_part(claim, content_of_result)) != "ok":
+        log.warning("not committed: the claim was lost", extra={"action": "commit_refused"})
+        return "lost"
+    log.info("part done", extra={"action": "part_done", "seconds": round(result.spent, 3)})
+    ring(service, 1)  # for the next part, or for the join
+    return "part"
+
+
+def joined(service: Service, claim: Claim) -> Transcript:
+    """What the parts gave, as one transcript."""
+    results = service.store.part_results(claim)
+    if not all(results):
+        raise PartMissing
+    transcript = join(
+        Plan.model_validate_json(claim.plan),
+        [Result.model_validate_json(result) for result in results if result],
+        options_of(claim),
+        service.engine.model.name,
+    )
+    count_transcript(service, transcript)
+    return transcript
+
+
+def ring(service: Service, times: int) -> None:
+    """A bell that fails is no error: a reaper rings the missing ones."""
+    with suppress(StoreUnavailable):
+        service.store.ring(min(times, MAX_BELLS))
+
+
+def count_transcript(service: Service, transcript: Transcript) -> None:
+    metrics = service.metrics
     metrics.audio_seconds.inc(transcript.duration)
     metrics.processing_seconds.inc(transcript.processing_seconds)
     metrics.audio_duration.observe(transcript.duration)
     metrics.rtf.observe(transcript.processing_seconds / max(transcript.duration, 1e-9))
     metrics.language.labels(transcript.language).inc()
-    return transcript
 
 
-def complete(service: Service, claim: Claim, holder: str, transcript: Transcript) -> str:
-    """Commits the transcript. While the store is away it is kept beside its input, so that whoever
-    claims the transcription later finds it done."""
+def complete(service: Service, claim: Claim, transcript: Transcript, *holder: str) -> str:
+    """Commits the transcript. While the store is away it is kept beside its input (the upload of
+    `holder`), so that whoever claims the transcription later finds it done."""
     content = transcript.model_dump_json(exclude_none=True).encode()
     began = time.perf_counter()
     jobs = commit(
@@ -157,7 +261,7 @@ def complete(service: Service, claim: Claim, holder: str, transcript: Transcript
         lambda: service.store.complete(
             claim, content, service.settings.model_key, transcript.duration
         ),
-        on_outage=lambda: service.storage.spool([holder, *claim.holders], content),
+        on_outage=lambda: service.storage.spool([*holder, *claim.holders], content),
     )
     if jobs is None:
         log.warning("not committed: the claim was lost", extra={"action": "commit_refused"})
@@ -173,6 +277,8 @@ def complete(service: Service, claim: Claim, holder: str, transcript: Transcript
         },
     )
     forget(service, jobs)
+    if claim.parts:
+        service.storage.remove_parts(claim.fingerprint)
     return "completed"
 
 
@@ -206,6 +312,15 @@ def hand_back(service: Service, claim: Claim) -> str:
     """Gives the claim back without blame; with an outage it ends by its lease instead."""
     outcome, jobs = commit(service, lambda: service.store.hand_back(claim)) or ("lost", [])
     forget(service, jobs)
+    return "released" if outcome == "requeued" else outcome
+
+
+def replan(service: Service, claim: Claim) -> str:
+    """What the parts need is not there: the recording is decoded and cut again."""
+    log.warning("a part is missing", extra={"action": "replanned", "part": claim.part})
+    outcome, jobs = commit(service, lambda: service.store.replan(claim)) or ("lost", [])
+    forget(service, jobs)
+    ring(service, 1)
     return "released" if outcome == "requeued" else outcome
 
 

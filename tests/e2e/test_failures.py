@@ -50,10 +50,10 @@ def is_running(client: Client, job_id: str) -> bool:
 
 @pytest.fixture
 def begun(start, tmp_path):
-    """A service with a job that is under way: (service, client, job id)."""
+    """A service with a job under way in its one slot: (service, client, job id)."""
 
     def begin(**environment: str):
-        service, client = start(**environment)
+        service, client = start(**{"worker_slots": "1", **environment})
         job = client.submit(long_file(tmp_path / "long.wav"), **EXACT)
         wait_until(lambda: is_running(client, job["job_id"]), 60, "it is under way")
         return service, client, job["job_id"]

@@ -13,7 +13,7 @@ from worker.engine.engine import Engine
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    settings = Settings(_env_file=None, model_size="demo", cpu_threads=2)
-    engine = Engine(model.load(settings), replicas=1, max_audio_seconds=3600)
+    settings = Settings(_env_file=None, model_size="demo")
+    engine = Engine(model.load(settings, threads=2), replicas=1, max_audio_seconds=3600)
     yield engine
     engine.close()

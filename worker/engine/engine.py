@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from faster_whisper.transcribe import Segment as WhisperSegment
@@ -18,6 +19,7 @@ from shared.schemas import Segment, Transcript
 from worker.engine import batched, sequential, speech
 from worker.engine.decode import SAMPLE_RATE, Decoder
 from worker.engine.model import LoadedModel
+from worker.engine.parts import Part, Plan, Result, cut
 from worker.engine.scheduler import Scheduler
 from worker.engine.speech import Audio
 from worker.engine.transcript import Heard, segment_of, transcript_of
@@ -30,6 +32,17 @@ StageTimer = Callable[[str, float], None]
 MAX_BATCH = {"cpu": 1, "cuda": 16}
 
 
+@dataclass(frozen=True)
+class Recording:
+    """Decoded, and its speech found."""
+
+    audio: Audio
+    is_partial: bool
+    heard: Heard
+    whole: Part | None  # None: its windows are not decoded independently
+    spent: float  # seconds
+
+
 class Engine:
     """Owns the warm model. Safe to call from several threads, one call for each slot."""
 
@@ -39,12 +52,15 @@ class Engine:
         *,
         replicas: int,
         max_audio_seconds: float,
+        part_seconds: float = 300,
         decoder: Decoder | None = None,
     ):
-        """`decoder`: one that has started already; the engine closes it."""
+        """`part_seconds`: speech in a part of a long recording. `decoder`: one that has started
+        already; the engine closes it."""
         self.model = model
         self._decoder = decoder or Decoder()
         self._max_audio_seconds = max_audio_seconds
+        self._part_seconds = part_seconds
         self._scheduler = Scheduler(
             model.whisper, replicas=replicas, max_batch=MAX_BATCH[model.device]
         )
@@ -61,10 +77,21 @@ class Engine:
         checkpoint: Checkpoint,
         stage: StageTimer,
     ) -> Transcript:
-        """Decodes and transcribes the file at `path`.
+        """Decodes and transcribes the file at `path`, all of it here.
 
         Raises a MediaError when the file can't be transcribed, and whatever `checkpoint` raises.
         """
+        recording = self.prepare(path, options, checkpoint, stage)
+        return self.hear(recording, options, checkpoint, stage)
+
+    def prepare(
+        self,
+        path: Path,
+        options: TranscriptionOptions,
+        checkpoint: Checkpoint,
+        stage: StageTimer,
+    ) -> Recording:
+        """All that comes before the model. Raises as `transcribe` does."""
         began = time.perf_counter()
         audio, is_partial = self._decoder.decode(
             path,
@@ -74,32 +101,96 @@ class Engine:
         )
         stage("decode", time.perf_counter() - began)
         checkpoint(0.0)
-
-        decoded = time.perf_counter()
         duration = len(audio) / SAMPLE_RATE
         heard = Heard(duration, duration)
+        whole = None
+        if options.mode == "batched" and batched.can(audio, options):
+            stretches = batched.stretches_of(audio, options)
+            heard.duration_after_vad = speech.seconds(stretches)
+            whole = Part(speech.windows(audio, stretches), stretches)
+            audio = audio[:0].copy()  # the windows hold what matters
+        return Recording(audio, is_partial, heard, whole, time.perf_counter() - began)
+
+    def hear(
+        self,
+        recording: Recording,
+        options: TranscriptionOptions,
+        checkpoint: Checkpoint,
+        stage: StageTimer,
+    ) -> Transcript:
+        """Raises whatever `checkpoint` raises."""
+        began = time.perf_counter()
+        heard = recording.heard
+        if recording.whole is None:
+            found = sequential.transcribe(self.model.whisper, recording.audio, options, heard)
+        else:
+            found = self._batched(recording.whole, options, heard, checkpoint)
         segments: list[Segment] = []
-        with closing(self._segments(audio, options, heard)) as found:
+        with closing(found):
             for segment in found:
                 segments.append(segment_of(len(segments), segment))
-                checkpoint(min(1.0, segment.end / duration))
-        stage("transcribe", time.perf_counter() - decoded)
+                checkpoint(min(1.0, segment.end / heard.duration))
+        spent = time.perf_counter() - began
+        stage("transcribe", spent)
         return transcript_of(
             segments,
             heard,
             options,
             self.model.name,
-            time.perf_counter() - began,
-            is_partial=is_partial,
+            recording.spent + spent,
+            is_partial=recording.is_partial,
         )
 
-    def _segments(
-        self, audio: Audio, options: TranscriptionOptions, heard: Heard
-    ) -> Generator[WhisperSegment, None, None]:
+    def plan(
+        self, recording: Recording, options: TranscriptionOptions
+    ) -> tuple[Plan, list[Part]] | None:
+        """How a long recording is shared out; None: it is not long, or its mode knows no parts."""
+        whole = recording.whole
+        if not whole:
+            return None
+        looks_back = options.word_timestamps
+        parts = cut(whole.windows, whole.stretches, self._part_seconds, looks_back=looks_back)
+        if len(parts) < 2:
+            return None
+        began = time.perf_counter()
         whisper = self.model.whisper
-        if options.mode == "batched" and batched.can(audio, options):
-            stretches = batched.stretches_of(audio, options)
-            heard.duration_after_vad = speech.seconds(stretches)
-            windows = speech.windows(audio, stretches)
-            return batched.transcribe(whisper, self._scheduler, windows, stretches, options, heard)
-        return sequential.transcribe(whisper, audio, options, heard)
+        features = whisper.feature_extractor(parts[0].windows[0].audio)
+        sequential.first_encoding(whisper, features, options, recording.heard)  # for its language
+        spent = recording.spent + time.perf_counter() - began
+        return Plan.of(recording.heard, is_partial=recording.is_partial, spent=spent), parts
+
+    def hear_part(
+        self,
+        part: Part,
+        plan: Plan,
+        options: TranscriptionOptions,
+        checkpoint: Checkpoint,
+        stage: StageTimer,
+    ) -> Result:
+        """Raises whatever `checkpoint` raises."""
+        began = time.perf_counter()
+        heard = Heard(plan.duration, plan.duration_after_vad)
+        first = part.windows[part.looks_back]
+        own = int(first.offset * self.model.whisper.frames_per_second)
+        segments: list[Segment] = []
+        with closing(self._batched(part, plan.options(options), heard, checkpoint)) as found:
+            for segment in found:
+                if segment.seek >= own:
+                    segments.append(segment_of(len(segments), segment))
+                checkpoint(part.share_until(segment.end))
+        spent = time.perf_counter() - began
+        stage("transcribe", spent)
+        return Result(spent=spent, segments=segments)
+
+    def _batched(
+        self, part: Part, options: TranscriptionOptions, heard: Heard, checkpoint: Checkpoint
+    ) -> Generator[WhisperSegment, None, None]:
+        return batched.transcribe(
+            self.model.whisper,
+            self._scheduler,
+            part.windows,
+            part.stretches,
+            options,
+            heard,
+            lambda: checkpoint(0.0),
+        )

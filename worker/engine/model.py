@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import ctranslate2
 import numpy as np
 from faster_whisper import WhisperModel
 from faster_whisper.utils import available_models, download_model
 
 from shared.errors import ModelUnavailable
-from shared.settings import DEMO_MODEL, Settings
+from shared.settings import DEMO_MODEL, Device, Settings
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +33,25 @@ class LoadedModel:
     load_seconds: float  # load and first run
 
 
-def load(settings: Settings) -> LoadedModel:
+def device_of(settings: Settings) -> str:
+    """cpu | cuda: what `auto` means on this machine."""
+    if settings.device != Device.AUTO:
+        return settings.device.value
+    return "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+
+
+def load(settings: Settings, *, replicas: int = 1, threads: int = 1) -> LoadedModel:
     """Loads and warms the model. Raises ModelUnavailable with a sentence that says what to do."""
     began = time.perf_counter()
     folder = locate(settings)
     try:
         whisper = WhisperModel(
             str(folder),
-            device=settings.device,
+            device=device_of(settings),
             device_index=settings.device_index,
             compute_type=settings.compute_type,
-            cpu_threads=settings.cpu_threads or threads_of_a_slot(settings.worker_slots),
-            num_workers=settings.worker_slots,
+            cpu_threads=threads,
+            num_workers=replicas,
         )
         warm_up(whisper)
         # What is loaded now stays. faster-whisper and others collect garbage while they serve,
@@ -69,10 +76,6 @@ def warm_up(whisper: WhisperModel) -> None:
     """A model that has never run is not warm: the first run allocates and, on a GPU, compiles."""
     segments, _ = whisper.transcribe(np.zeros(16_000, np.float32), language="en", beam_size=1)
     list(segments)
-
-
-def threads_of_a_slot(slots: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // slots if hasattr(os, "sched_getaffinity") else 4)
 
 
 def locate(settings: Settings) -> Path:

@@ -30,6 +30,7 @@ class Window:
     audio: Audio
     offset: float  # seconds of speech before it
     duration: float  # seconds
+    stretches: list[Stretch]  # of the recording
 
 
 def find(audio: Audio, options: TranscriptionOptions) -> list[Stretch]:
@@ -56,21 +57,27 @@ def join(audio: Audio, stretches: list[Stretch]) -> Audio:
 def windows(audio: Audio, stretches: list[Stretch]) -> list[Window]:
     """As many stretches in a window as fit, in their order; equal to what
     faster_whisper.vad.collect_chunks makes of them."""
-    made: list[Window] = []
-    group: list[Stretch] = []
-    length = before = 0
-
-    def close() -> None:
-        made.append(Window(join(audio, group), before / SAMPLE_RATE, length / SAMPLE_RATE))
-
+    groups: list[list[Stretch]] = []
+    length = 0
     for stretch in stretches:
         samples = stretch["end"] - stretch["start"]
-        if group and length + samples > WINDOW_SECONDS * SAMPLE_RATE:
-            close()
-            before += length
-            group, length = [], 0
-        group.append(stretch)
+        if not groups or length + samples > WINDOW_SECONDS * SAMPLE_RATE:
+            groups.append([])
+            length = 0
+        groups[-1].append(stretch)
         length += samples
-    if group:
-        close()
+    return windows_of(join(audio, stretches), groups)
+
+
+def windows_of(sound: Audio, groups: list[list[Stretch]], before: int = 0) -> list[Window]:
+    """One window for each group of stretches; `sound` is what they hold, joined, and `before` how
+    many samples of speech precede it."""
+    made: list[Window] = []
+    place = 0
+    for group in groups:
+        size = sum(stretch["end"] - stretch["start"] for stretch in group)
+        window = sound[place : place + size]
+        offset = (before + place) / SAMPLE_RATE
+        made.append(Window(window, offset, size / SAMPLE_RATE, group))
+        place += size
     return made
