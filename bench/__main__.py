@@ -2,7 +2,8 @@
 them into bench/results.json and the README's table, where they replace those of the same name.
 
 Every row is a ratio of two arms that take turns in one run; times alone say little on a machine
-that others use, too. Needs Linux, some minutes and an otherwise idle machine.
+that others use, too. Needs Linux, an otherwise idle machine, and time: all rows take most of an
+hour, a2 a minute or two.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.rows import ROWS, Stage
-from tools.demo_model.widen import widen
+from bench.pairs import Measured
+from bench.rows import ROWS
+from bench.stage import Row, Stage
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -43,17 +45,38 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"The demo model widened to the shape of Whisper {results['shape']}, int8; {facts}.",
         "",
-        "| row | ratio | wall | CPU | goal | met | seconds of the arms | pairs |",
+        "| row | what | ratio | CPU | goal | met | arms | pairs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results["rows"].items():
+        cpu = "" if row["cpu_ratio"] is None else f"{row['cpu_ratio']:.2f}"
         lines.append(
-            f"| {name} | {row['what']} | {row['wall_ratio']:.2f} | {row['cpu_ratio']:.2f} "
+            f"| {name} | {row['what']} | {row['ratio']:.2f} | {cpu} "
             f"| {row['goal']} | {'yes' if row['is_met'] else 'no'} "
-            f"| {row['first']} {row['first_seconds']:.2f}, "
-            f"{row['second']} {row['second_seconds']:.2f} | {row['pairs']} |"
+            f"| {row['first']}: {amount(row['first_value'], row['unit'])}; "
+            f"{row['second']}: {amount(row['second_value'], row['unit'])} | {row['pairs']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def amount(value: float, unit: str) -> str:
+    return f"{value:.2f} {unit}" if unit == "s" else f"{value:.0f} {unit}"
+
+
+def record(row: Row, measured: Measured) -> dict[str, Any]:
+    return {
+        "what": row.what,
+        "goal": row.goal,
+        "is_met": row.is_met(measured.ratio),
+        "ratio": measured.ratio,
+        "cpu_ratio": measured.cpu_ratio,
+        "unit": measured.unit,
+        "first": measured.first,
+        "first_value": measured.first_spent.value,
+        "second": measured.second,
+        "second_value": measured.second_spent.value,
+        "pairs": measured.pairs,
+    }
 
 
 def main() -> int:
@@ -70,27 +93,14 @@ def main() -> int:
         results = json.loads(NUMBERS.read_text())
     results |= {"machine": machine(), "shape": chosen.shape}
     with tempfile.TemporaryDirectory(prefix="whisper-bench-") as folder:
-        model = Path(folder) / chosen.shape
-        widen(ROOT / "worker" / "demo_model", model, chosen.shape)
-        stage = Stage(Path(folder), model, results["machine"]["cores"], chosen.pairs)
+        stage = Stage(Path(folder), chosen.shape, chosen.pairs)
         try:
             for row in ROWS:
                 if chosen.rows and row.name not in chosen.rows:
                     continue
-                ratio, measured = row.measure(stage)
-                results["rows"][row.name] = {
-                    "what": row.what,
-                    "goal": row.goal,
-                    "is_met": row.is_met(ratio),
-                    "wall_ratio": measured.wall_ratio,
-                    "cpu_ratio": measured.cpu_ratio,
-                    "first": measured.first,
-                    "first_seconds": measured.first_seconds.wall,
-                    "second": measured.second,
-                    "second_seconds": measured.second_seconds.wall,
-                    "pairs": measured.pairs,
-                }
-                print(f"{row.name}: {ratio:.2f} (goal {row.goal}): {row.what}", flush=True)
+                measured = row.measure(stage)
+                results["rows"][row.name] = record(row, measured)
+                print(f"{row.name}: {measured.ratio:.2f} (goal {row.goal}): {row.what}", flush=True)
         finally:
             stage.close()
     results["rows"] = {name: results["rows"][name] for name in names if name in results["rows"]}
