@@ -20,7 +20,7 @@ run: $(VENV)/.installed-local ## start the whole service on 127.0.0.1:${PORT:-80
 	@exec $(BIN)/python -m local run
 
 test: $(VENV)/.installed-dev ## install and run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m tests.run
 
 compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compose stack (Docker, port 80)
 	@$(BIN)/python -m pytest tests/compose -m compose -s
