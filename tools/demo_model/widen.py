@@ -16,7 +16,8 @@ import re
 import shutil
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +33,7 @@ SHAPES = {
 # CTranslate2's numbers for types: python/ctranslate2/specs/model_spec.py, 4.8.5
 TYPES = (np.dtype("float32"), np.dtype("int8"), np.dtype("int16"), np.dtype("int32"))
 VERSION = 6
+SPEC = ("WhisperSpec", 3)
 # Matrices that hold the rows of several projections: (name, how many)
 FUSED = (("/self_attention/linear_0", 3), ("/attention/linear_1", 2))
 # What a layer adds to the residual stream goes through these.
@@ -55,26 +57,35 @@ class NotWidenable(Exception):
 
 
 def read(path: Path) -> Model:
+    """Raises NotWidenable unless the file is a whole Whisper model of the types above."""
     with path.open("rb") as file:
 
+        def take(count: int) -> bytes:
+            data = file.read(count)
+            if len(data) < count:
+                raise NotWidenable(f"{path} ends too early: it is cut or no CTranslate2 model.")
+            return data
+
         def number(kind: str) -> int:
-            return int(struct.unpack(kind, file.read(struct.calcsize(kind)))[0])
+            return int(struct.unpack(kind, take(struct.calcsize(kind)))[0])
 
         def text() -> str:
-            return file.read(number("H"))[:-1].decode()
+            return take(number("H"))[:-1].decode(errors="replace")
 
-        version = number("I")
-        if version != VERSION:
-            raise NotWidenable(f"{path} has format {version}; this tool reads {VERSION}.")
-        name, revision = text(), number("I")
-        variables = {}
-        for _ in range(number("I")):
-            key = text()
+        def variable() -> np.ndarray:
             shape = [number("I") for _ in range(number("B"))]
-            kind = TYPES[number("B")]
-            variables[key] = np.frombuffer(file.read(number("I")), kind).reshape(shape)
+            kind, size = number("B"), number("I")
+            if kind >= len(TYPES) or size != prod(shape) * TYPES[kind].itemsize:
+                raise NotWidenable(f"{path} is damaged, or holds other than int8 and float32.")
+            return np.frombuffer(take(size), TYPES[kind]).reshape(shape)
+
+        if (version := number("I")) != VERSION:
+            raise NotWidenable(f"{path} has format {version}; this tool reads {VERSION}.")
+        if (spec := (text(), number("I"))) != SPEC:
+            raise NotWidenable(f"{path} holds {spec[0]} {spec[1]}; this tool reads {SPEC[0]} 3.")
+        variables = {text(): variable() for _ in range(number("I"))}
         aliases = [(text(), text()) for _ in range(number("I"))]
-    return Model(name, revision, variables, aliases)
+    return Model(*spec, variables, aliases)
 
 
 def write(model: Model, path: Path) -> None:
@@ -99,23 +110,31 @@ def _write_text(file: BinaryIO, text: str) -> None:
 
 
 def widen(source: Path, target: Path, shape: str) -> None:
-    """Writes the folder `target`. Raises NotWidenable."""
+    """Writes the folder `target`. Raises NotWidenable, and then has written nothing."""
+    wide = widened(read(source / "model.bin"), shape)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.glob("*.json"):
+        shutil.copy(file, target)
+    write(wide, target / "model.bin")
+
+
+def widened(model: Model, shape: str) -> Model:
+    """The same in that shape. Raises NotWidenable."""
+    if shape not in SHAPES:
+        raise NotWidenable(f"There is no shape {shape}; there are {', '.join(SHAPES)}.")
     width, heads, layers = SHAPES[shape]
-    model = read(source / "model.bin")
     narrow = model.variables["decoder/layer_norm/gamma"].shape[0]
     copies, rest = divmod(width, narrow)
-    if rest or model.variables["encoder/num_heads"] * copies != heads:
+    if rest:
         raise NotWidenable(f"A width of {width} is no multiple of the source's {narrow}.")
     wide: Variables = {}
     for key, value in model.variables.items():
         wide[key] = _widened(key, value, copies, model.variables)
     for side in ("encoder", "decoder"):
+        if wide[f"{side}/num_heads"] != heads:
+            raise NotWidenable(f"Heads of the source's {side} are no heads of {width // heads}.")
         _deepen(wide, side, layers)
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.name != "model.bin" and file.suffix == ".json":
-            shutil.copy(file, target)
-    write(Model(model.name, model.revision, wide, model.aliases), target / "model.bin")
+    return replace(model, variables=wide)
 
 
 def _widened(key: str, value: np.ndarray, copies: int, source: Variables) -> np.ndarray:
@@ -154,9 +173,10 @@ def _rows(value: np.ndarray, blocks: int, copies: int) -> np.ndarray:
 def _deepen(variables: Variables, side: str, layers: int) -> None:
     """Adds layers that pass on what they get: shaped and busy like the first, but adding zero."""
     first = {key: value for key, value in variables.items() if key.startswith(f"{side}/layer_0/")}
-    have = {key.split("/")[1] for key in variables if key.startswith(f"{side}/layer_")} - {
-        "layer_norm"
-    }
+    have = {key.split("/")[1] for key in variables if key.startswith(f"{side}/layer_")}
+    have.discard("layer_norm")
+    if len(have) > layers:
+        raise NotWidenable(f"The source's {side} has {len(have)} layers, the shape {layers}.")
     for number in range(len(have), layers):
         for key, value in first.items():
             new = key.replace("/layer_0/", f"/layer_{number}/")
