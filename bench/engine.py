@@ -18,8 +18,7 @@ from typing import Any
 from local.service import IsolatedSettings
 from shared.options import TranscriptionOptions
 from shared.settings import ComputeType, Device
-from worker.engine import model, speech
-from worker.engine.decode import Decoder
+from worker.engine import model
 from worker.engine.engine import Engine
 
 MAX_SECONDS = 20_000
@@ -38,16 +37,14 @@ def transcribe(engine: Engine, order: dict[str, Any]) -> list[str]:
         return list(callers.map(text, order["files"]))
 
 
-def prepare(engine: Engine, decoder: Decoder, order: dict[str, Any]) -> int:
-    """What the engine does before the model first runs."""
+def prepare(engine: Engine, order: dict[str, Any]) -> int:
+    """What the engine does before the model hears the last window."""
     options = TranscriptionOptions(vad_parameters=order["vad"])
-    audio, _ = decoder.decode(
-        Path(order["file"]), max_seconds=MAX_SECONDS, allow_partial=False, checkpoint=lambda: None
-    )
-    windows = speech.windows(audio, speech.find(audio, options))
-    for window in windows:  # one at a time, as the engine does it
+    recording = engine.prepare(Path(order["file"]), options, lambda _: None, lambda *_: None)
+    assert recording.whole
+    for window in recording.whole.windows:  # one at a time, as the engine does it
         engine.model.whisper.feature_extractor(window.audio)
-    return len(windows)
+    return len(recording.whole.windows)
 
 
 def replicas() -> int:
@@ -57,14 +54,15 @@ def replicas() -> int:
 def main(folder: str) -> None:
     settings = IsolatedSettings(model_size=folder, compute_type=ComputeType.INT8, device=Device.CPU)
     loaded = model.load(settings, replicas=replicas(), threads=1)
-    decoder = Decoder()
     with closing(
-        Engine(loaded, replicas=replicas(), max_audio_seconds=MAX_SECONDS, decoder=decoder)
+        Engine(
+            loaded,
+            replicas=replicas(),
+            max_audio_seconds=MAX_SECONDS,
+            voice_threads=replicas(),
+        )
     ) as engine:
-        work = {
-            "transcribe": partial(transcribe, engine),
-            "prepare": partial(prepare, engine, decoder),
-        }
+        work = {"transcribe": partial(transcribe, engine), "prepare": partial(prepare, engine)}
         for line in sys.stdin:
             order = json.loads(line)
             print(json.dumps(work[order["do"]](order)), flush=True)

@@ -11,7 +11,7 @@ from bench.stage import CLIPS, RATE, Stage, padded, save, sound, transcript
 def against_the_engine(stage: Stage) -> Measured:
     """Jobs per second through HTTP, queue and worker, over the engine called with the same files
     by as many threads as the worker has slots."""
-    files = stage.clips(5, 24)
+    files = stage.clips(5, 48)
     names = [str(file) for file in files]
     texts: dict[str, list[str]] = {}
 

@@ -4,7 +4,7 @@ ServiceError
 ├── RequestError              the caller can mend it by sending something else
 │   ├── InvalidField          a form field has a wrong value (names the field)
 │   ├── MalformedUpload       the body is not a multipart form we can read
-│   ├── MissingFile, EmptyFile, FileTooLarge, NotAudio
+│   ├── MissingFile, EmptyFile, FileTooLarge, NotAudio, UploadTooSlow
 │   ├── JobNotFound, JobExpired
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
@@ -76,6 +76,12 @@ class FileTooLarge(RequestError):
     """The file is larger than this server accepts."""
 
     code = "file_too_large"
+
+
+class UploadTooSlow(RequestError):
+    """The upload came too slowly, or not at all for a while. Send it again, over a better line."""
+
+    code = "upload_too_slow"
 
 
 class NotAudio(RequestError):
@@ -204,6 +210,12 @@ class EngineFailure(TranscriptionError):
     """The speech model failed on this file more than once."""
 
     code = "engine_failure"
+
+
+class TimeLimit(TranscriptionError):
+    """The transcription took longer than this server gives one."""
+
+    code = "time_limit"
 
 
 class HandbackLimit(TranscriptionError):

@@ -26,6 +26,7 @@ REJECTIONS = {
     "empty_file": "empty",
     "missing_file": "invalid",
     "malformed_upload": "invalid",
+    "upload_too_slow": "invalid",
     "invalid_field": "invalid",
     "store_unavailable": "unavailable",
     "store_full": "unavailable",
@@ -41,10 +42,11 @@ JOB_ERRORS = (
     "worker_lost",
     "input_missing",
     "engine_failure",
+    "time_limit",
     "handed_back_too_often",
     "internal_error",
 )
-STAGES = ("decode", "transcribe", "store")
+STAGES = ("decode", "vad", "transcribe", "store")
 CLEANED = ("upload", "abandoned_upload", "transcript", "part")
 
 

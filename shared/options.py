@@ -53,7 +53,7 @@ def _json_object(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:  # the latter: [[[[...
         raise ValueError("must be a JSON object") from exc
 
 

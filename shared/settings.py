@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     # --- limits
     max_file_size_mb: int = Field(100, ge=1, description="Largest upload, in MiB.")
     max_audio_seconds: int = Field(14_400, ge=1, description="Longest audio.")
+    upload_patience_seconds: float = Field(
+        30, gt=0, description="An upload of less than 1 KiB a second is cut off after so long."
+    )
     min_free_disk_mb: int = Field(256, ge=0, description="Uploads are refused below this, in MiB.")
 
     # --- processes
@@ -109,6 +112,9 @@ class Settings(BaseSettings):
     lease_seconds: int = Field(45, ge=3, description="A silent worker loses its job after this.")
     max_attempts: int = Field(
         3, ge=1, description="A file that killed so many workers is given up."
+    )
+    max_run_seconds: int = Field(
+        21_600, ge=1, description="A run of a recording, or of a part of one, is ended after this."
     )
     max_handbacks: int = Field(10, ge=1, description="So many drains are too many for one job.")
     reap_interval_seconds: float = Field(

@@ -48,7 +48,7 @@ def run(settings: Settings) -> int:
     device = model.device_of(settings)
     room = tuning.capacity(settings, device, tuning.usable_cores())
     settings = settings.model_copy(update={"worker_slots": room.slots})
-    loaded = model.load(settings, replicas=room.replicas, threads=room.threads)
+    loaded = model.load(settings, replicas=room.replicas + room.has_spare, threads=room.threads)
     log.info(
         "model is warm",
         extra={
@@ -85,6 +85,7 @@ def run(settings: Settings) -> int:
     heartbeat = Heartbeat(
         store,
         settings.heartbeat_seconds,
+        settings.max_run_seconds,
         lambda busy: {**about, "busy": busy},
         counted.heartbeat.set,
     )
@@ -92,8 +93,10 @@ def run(settings: Settings) -> int:
     engine = Engine(
         loaded,
         replicas=room.replicas,
+        has_spare=room.has_spare,
         max_audio_seconds=settings.max_audio_seconds,
         part_seconds=settings.part_seconds,
+        voice_threads=room.replicas * room.threads,
         decoder=decoder,
     )
     # One slot stays free for short recordings, where there is more than one.

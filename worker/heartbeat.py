@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shared.errors import StoreUnavailable
+from shared.errors import StoreUnavailable, TimeLimit
 from shared.jobs import Claim
 from worker.store import WorkerStore
 
@@ -29,18 +29,26 @@ class Interrupted(Exception):
 
 
 class Run:
-    """A transcription that is running in this process."""
+    """A transcription that is running in this process, for `max_seconds` at most."""
 
-    def __init__(self, claim: Claim):
+    def __init__(self, claim: Claim, max_seconds: float):
         self.claim = claim
+        self._max_seconds = max_seconds
+        self._deadline = time.monotonic() + max_seconds
         self.progress = 0.0
         self.stop_reason: str | None = None
 
     def checkpoint(self, progress: float) -> None:
-        """Called by the engine between segments. Raises Interrupted when it should stop."""
+        """Called by the engine between windows, and while it waits. Raises Interrupted when it
+        should stop, TimeLimit when its time is up."""
         self.progress = max(self.progress, progress)
         if self.stop_reason:
             raise Interrupted(self.stop_reason)
+        if time.monotonic() > self._deadline:
+            raise TimeLimit(
+                f"The transcription took longer than {self._max_seconds:.0f} seconds, the most "
+                "that this server gives one. Split the recording, or have MAX_RUN_SECONDS raised."
+            )
 
 
 class Heartbeat(threading.Thread):
@@ -51,12 +59,14 @@ class Heartbeat(threading.Thread):
         self,
         store: WorkerStore,
         interval_seconds: float,
+        max_run_seconds: float,
         about: Callable[[int], dict[str, Any]],
         on_beat: Callable[[float], None],
     ):
         super().__init__(name="heartbeat", daemon=True)
         self._store = store
         self._interval = interval_seconds
+        self._max_run_seconds = max_run_seconds
         self._about = about
         self._on_beat = on_beat
         self._runs: dict[str, Run] = {}
@@ -67,7 +77,7 @@ class Heartbeat(threading.Thread):
     @contextmanager
     def running(self, claim: Claim) -> Iterator[Run]:
         """Keeps the claim alive while the block runs."""
-        run = Run(claim)
+        run = Run(claim, self._max_run_seconds)
         with self._lock:
             self._runs[claim.claim_id] = run
         try:

@@ -222,7 +222,7 @@ class WorkerStore:
     ) -> list[str] | None:
         reply = self._run(
             "finish",
-            claim.fingerprint,
+            claim.unit,
             claim.claim_id,
             status,
             transcript,

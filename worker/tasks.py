@@ -21,6 +21,7 @@ from shared.errors import (
     MediaError,
     ServiceError,
     StoreUnavailable,
+    TimeLimit,
 )
 from shared.jobs import Claim
 from shared.logs import context
@@ -137,7 +138,7 @@ def work(service: Service, claim: Claim, run: Run) -> str:
             return "split"
     except Interrupted as stop:
         return interrupted(service, claim, stop.reason)
-    except (MediaError, InputMissing) as exc:
+    except (MediaError, InputMissing, TimeLimit) as exc:
         return fail(service, claim, exc)
     except FileNotFoundError:  # the job whose upload it was is cancelled; others may hold it
         return hand_back(service, claim)

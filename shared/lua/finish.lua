@@ -1,11 +1,12 @@
--- A claim ends with a transcript or a permanent failure: processing -> completed | failed.
--- ARGV  1 fingerprint  2 claim id  3 completed | failed  4 transcript (JSON)  5 model that was used
+-- A claim ends with a transcript or a permanent failure: processing -> completed | failed. A part of a
+-- long recording can only fail, and then all of the recording has.
+-- ARGV  1 unit of work  2 claim id  3 completed | failed  4 transcript (JSON)  5 model that was used
 --       6 audio seconds  7 error code  8 error message  9 retention ms  10 grace ms
 -- returns  {ok, holder ids} or {lost}: then nothing was written
-local fp, status = ARGV[1], ARGV[3]
+local fp, status = parent_of(ARGV[1]) or ARGV[1], ARGV[3]
 local retention_ms, grace_ms = tonumber(ARGV[9]), tonumber(ARGV[10])
 local now = now_ms()
-if not owns(fp, ARGV[2], now) then return {'lost'} end
+if not owns(ARGV[1], ARGV[2], now) then return {'lost'} end
 redis.call('HSET', transcription(fp), 'duration', ARGV[6], 'model', ARGV[5])
 if status == 'completed' then
   redis.call('SET', transcript(fp), ARGV[4])

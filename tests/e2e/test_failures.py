@@ -61,6 +61,21 @@ def begun(start, tmp_path):
     return begin
 
 
+@pytest.mark.parametrize("vad_filter", ["true", "false"], ids=["batched", "sequential"])
+def test_a_run_that_takes_too_long_is_ended(start, tmp_path, vad_filter):
+    """The job fails with a reason, once, and the worker goes on with the next one."""
+    service, client = start(worker_slots="1", max_run_seconds="2")
+    job = client.submit(long_file(tmp_path / "long.wav"), language="en", vad_filter=vad_filter)
+    status = client.wait(job["job_id"], "failed", within=30)
+    assert status["error"]["code"] == "time_limit"
+    assert "MAX_RUN_SECONDS" in status["error"]["message"]
+    assert status["attempts"] == 1
+    next_job = client.submit(FOX)["job_id"]
+    client.wait(next_job)
+    assert client.text(next_job) == FOX_WORDS
+    wait_until(lambda: leftovers(service) == [], 10, "the uploads are gone")
+
+
 def test_a_killed_worker_s_job_completes_after_its_restart(begun, tmp_path):
     """kill -9 in the middle: done once, within 30 s of the lease's end, by a new process."""
     service, client, job_id = begun()

@@ -10,6 +10,7 @@ import pytest_asyncio
 from api.store import JobStore
 from shared import keys
 from shared.broker import celery_app
+from shared.errors import TimeLimit
 from shared.jobs import Claim, JobStatus
 from shared.settings import Settings
 from tests.integration.test_job_store import manifest
@@ -163,6 +164,16 @@ async def test_a_recording_whose_part_is_gone_is_planned_anew(store, worker, set
         claim = worker.claim()
     worker.split(claim, "{}", SHARES)
     assert worker.replan(worker.claim()) == ("failed", [job_id])
+
+
+async def test_a_part_that_fails_takes_its_recording_with_it(store, worker, raw, job_id):
+    part, other = worker.claim(), worker.claim()
+    assert worker.fail(part, TimeLimit()) == [job_id]
+    job = await store.read(job_id)
+    assert (job.status, job.error_code) == ("failed", "time_limit")
+    assert worker.renew(other, 0.5) == "lost"
+    assert worker.finish_part(other, "{}") == "lost"
+    assert traces(raw) == []
 
 
 async def test_a_late_planner_changes_nothing(store, worker, settings, raw):

@@ -16,7 +16,6 @@ from faster_whisper.vad import collect_chunks
 from shared.options import TranscriptionOptions
 from tests.conftest import FOX, SAMPLES, wait_until
 from worker.engine import batched, scheduler, speech
-from worker.engine.decode import Decoder
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Answer, Decoding, Request, Scheduler
 from worker.engine.transcript import Heard, segment_of
@@ -144,17 +143,15 @@ def test_ten_transcriptions_in_shared_calls_never_mix(engine, company):
     company._run = lambda requests: sizes.append(len(requests)) or run(requests)
 
     def transcribe(name: str, options: dict) -> Seen:
-        audio, _ = Decoder().decode(SAMPLES / name, max_seconds=600, allow_partial=False)
         heard = Heard(0, 0)
         chosen = TranscriptionOptions(**options)
-        stretches = batched.stretches_of(audio, chosen)
-        windows = speech.windows(audio, stretches)
+        whole = engine.prepare(SAMPLES / name, chosen, lambda _: None, lambda *_: None).whole
         return [
             row[:3] + row[5:]
             for row in seen(
                 segment_of(0, segment)
                 for segment in batched.transcribe(
-                    engine.model.whisper, company, windows, stretches, chosen, heard
+                    engine.model.whisper, company, whole.windows, whole.stretches, chosen, heard
                 )
             )
         ]
@@ -211,6 +208,61 @@ def test_clips_without_end_do_not_starve_a_long_recording(engine, order):
     assert last < 100, "it was served before the last clips"
 
 
+@pytest.fixture
+def roomy(
+    engine: Engine, monkeypatch
+) -> Iterator[tuple[Scheduler, set[int], dict[int, threading.Event]]]:
+    """A scheduler with two replicas and a spare, the windows that run, and what ends each."""
+    running, ends = set(), {n: threading.Event() for n in (*range(10), 1000, 1001)}
+
+    def run(self, requests: list[Request]) -> list[Answer]:
+        number = int(requests[0].features[0, 0])
+        running.add(number)
+        assert ends[number].wait(30)
+        running.remove(number)
+        return [Answer([], 0.0, 0.0, None, 1.0)]
+
+    monkeypatch.setattr(scheduler.Scheduler, "_run", run)
+    made = Scheduler(engine.model.whisper, replicas=2, max_batch=1, has_spare=True)
+    yield made, running, ends
+    for end in ends.values():
+        end.set()
+    made.close()
+
+
+def test_a_clip_starts_at_once_beside_windows_that_run(engine, roomy):
+    made, running, _ = roomy
+    made.submit("long", [request_of(n, engine) for n in range(10)])
+    wait_until(lambda: running == {0, 1}, 10, "the long one has both replicas, but not the spare")
+    made.submit("clip", [request_of(1000, engine)], is_clip=True)
+    wait_until(lambda: running == {0, 1, 1000}, 10, "the clip runs, too")
+
+
+def test_while_clips_keep_coming_long_recordings_leave_them_a_replica(engine, roomy, monkeypatch):
+    made, running, ends = roomy
+    monkeypatch.setattr(scheduler, "YIELD_SECONDS", 3600)
+    made.submit("clip", [request_of(1000, engine)], is_clip=True)
+    made.submit("long", [request_of(n, engine) for n in range(10)])
+    wait_until(lambda: running == {0, 1000}, 10, "the long one has what is left")
+    ends[1000].set()
+    made.leave("clip")
+    ends[0].set()
+    wait_until(lambda: running == {1}, 10, "the next clip is waited for")
+    made.submit("next", [request_of(1001, engine)], is_clip=True)
+    wait_until(lambda: running == {1, 1001}, 10, "it finds room")
+
+
+def test_without_clips_a_long_recording_has_both_replicas_again(engine, roomy, monkeypatch):
+    made, running, ends = roomy
+    monkeypatch.setattr(scheduler, "YIELD_SECONDS", 0.1)
+    made.submit("clip", [request_of(1000, engine)], is_clip=True)
+    made.submit("long", [request_of(n, engine) for n in range(10)])
+    wait_until(lambda: running == {0, 1000}, 10, "the long one has what is left")
+    ends[1000].set()
+    made.leave("clip")
+    wait_until(lambda: running == {0, 1}, 10, "both are the long one's")
+
+
 def test_who_leaves_is_not_waited_for(engine, order):
     made, ran, go = order
     made.submit("first", [request_of(1, engine)])
@@ -258,7 +310,7 @@ def test_a_long_recording_keeps_every_replica_busy(engine, monkeypatch, replicas
     """Twice as many windows wait as can run, and no more: each is a megabyte."""
     asked: list[Request] = []
     with closing(Scheduler(engine.model.whisper, replicas=replicas, max_batch=max_batch)) as made:
-        monkeypatch.setattr(made, "submit", lambda _, new: asked.extend(new) or [Future()])
+        monkeypatch.setattr(made, "submit", lambda _, new, **_is: asked.extend(new) or [Future()])
         monkeypatch.setattr(batched, "CHECK_SECONDS", 0.01)
 
         def stop() -> None:

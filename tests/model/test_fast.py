@@ -16,8 +16,7 @@ import pytest
 from shared.options import TranscriptionOptions
 from shared.schemas import Transcript
 from tests.conftest import FOX, SAMPLES, wait_until
-from worker.engine import batched, speech
-from worker.engine.decode import Decoder
+from worker.engine import batched
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Answer, Request, Scheduler
 from worker.engine.speech import Window
@@ -198,11 +197,9 @@ def test_clips_share_a_call_with_those_of_as_many_frames_only(engine, calls, com
 
     def text(name: str, fast: bool) -> str:
         options = TranscriptionOptions(fast=fast)
-        audio, _ = Decoder().decode(SAMPLES / name, max_seconds=60, allow_partial=False)
-        stretches = batched.stretches_of(audio, options)
-        windows = speech.windows(audio, stretches)
+        whole = engine.prepare(SAMPLES / name, options, lambda _: None, lambda *_: None).whole
         segments = batched.transcribe(
-            engine.model.whisper, company, windows, stretches, options, Heard(0, 0)
+            engine.model.whisper, company, whole.windows, whole.stretches, options, Heard(0, 0)
         )
         return "".join(segment.text for segment in segments).strip()
 

@@ -35,10 +35,11 @@ from faster_whisper.transcribe import (
 from shared.options import TranscriptionOptions
 from worker.engine import speech
 from worker.engine.decode import SAMPLE_RATE
-from worker.engine.scheduler import Answer, Decoding, Request, Scheduler
+from worker.engine.scheduler import CLIP_WINDOWS, Answer, Decoding, Request, Scheduler
 from worker.engine.sequential import APPEND, PREPEND, given_language
 from worker.engine.speech import Window
 from worker.engine.transcript import Heard
+from worker.engine.vad import Audio
 
 RETRIES = 2  # above the first temperature
 RETRY_SAMPLES = 2  # of best_of
@@ -55,16 +56,9 @@ FRAMES_PER_SECOND = 100
 FULL = speech.WINDOW_SECONDS * FRAMES_PER_SECOND  # frames
 
 
-def can(audio: speech.Audio, options: TranscriptionOptions) -> bool:
+def can(audio: Audio, options: TranscriptionOptions) -> bool:
     """Windows are cut at silences, which only the VAD filter knows."""
     return options.vad_filter or len(audio) <= speech.WINDOW_SECONDS * SAMPLE_RATE
-
-
-def stretches_of(audio: speech.Audio, options: TranscriptionOptions) -> list[speech.Stretch]:
-    """All of it, unless silence is to be left out."""
-    if options.vad_filter:
-        return speech.find(audio, options)
-    return [{"start": 0, "end": len(audio)}]
 
 
 def frames_for(windows: list[Window], options: TranscriptionOptions) -> int:
@@ -88,7 +82,8 @@ def transcribe(
     of `heard` is filled in before the first. `checkpoint` is called every CHECK_SECONDS while an
     answer is waited for, and raises to stop. Then, and when the iterator is closed, the windows
     that wait leave the queue."""
-    run = _Run(whisper, scheduler, options, heard, checkpoint)
+    is_clip = len(windows) <= CLIP_WINDOWS
+    run = _Run(whisper, scheduler, options, heard, is_clip, checkpoint)
     try:
         yield from restore_speech_timestamps(run.segments(windows), stretches, SAMPLE_RATE)
     finally:
@@ -103,6 +98,7 @@ class _Run:
     scheduler: Scheduler
     options: TranscriptionOptions
     heard: Heard
+    is_clip: bool = True
     checkpoint: Callable[[], None] = lambda: None
     tokenizer: Tokenizer = None
     last_speech: float = 0.0  # end of the last word, for the times of the next
@@ -198,7 +194,7 @@ class _Run:
             language_at=None if is_language_known else prompt.index(tokenizer.language),
             keeps_encoding=options.word_timestamps,
         )
-        return self.scheduler.submit(self, [request])[0]
+        return self.scheduler.submit(self, [request], is_clip=self.is_clip)[0]
 
     def _segments_of(self, window: Window, answer: Answer) -> Iterator[WhisperSegment]:
         temperature = self.options.temperature[0]

@@ -21,7 +21,7 @@ import wave
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +128,19 @@ class Decoder:
         exit_code: int | None = None
         for _ in range(TRIES):
             began = time.perf_counter()
-            samples, found, exit_code = self._attempt(path, max_seconds, checkpoint)
+            samples, end = self._attempt(path, max_seconds, checkpoint)
+            exit_code = end.exit_code
+            what: dict[str, Any] = {
+                "exit_code": exit_code,
+                "seconds": round(time.perf_counter() - began, 3),
+                "decoded_seconds": samples.seconds,
+                "peak_mib": end.peak_mib,
+            }
             if exit_code == 0:
-                return _judged(samples, found, allow_partial)
-            log.warning(
-                "a decoder died",
-                extra={
-                    "action": "decoder_died",
-                    "exit_code": exit_code,
-                    "seconds": round(time.perf_counter() - began, 3),
-                    "decoded_seconds": samples.seconds,
-                },
-            )
+                what |= {"action": "decoded", "found": str(end.found)[:500]}
+                log.debug("decoded", extra=what)
+                return _judged(samples, end.found, allow_partial)
+            log.warning("a decoder died", extra={"action": "decoder_died", **what})
             # Killed from outside: by the kernel, for memory that others took, or by a person.
             if exit_code not in {None, -signal.SIGKILL}:
                 break
@@ -149,8 +150,8 @@ class Decoder:
 
     def _attempt(
         self, path: Path, max_seconds: float, checkpoint: Callable[[], None]
-    ) -> tuple[_Samples, dict[str, Any], int | None]:
-        """The samples, what the child found, and its exit code: None if the server is lost."""
+    ) -> tuple[_Samples, _End]:
+        """The samples, and how the child ended."""
         samples = _Samples(max_seconds)
         with ExitStack() as stack:  # leaving it before its end kills the child
             with ExitStack() as sent:
@@ -173,10 +174,10 @@ class Decoder:
             while (more := _received(record)) and len(answer) < RECORD_BYTES:
                 answer += more
                 self._await(record.fileno(), checkpoint)
-        found, exit_code = _parsed(answer)
-        if exit_code is None and not self._is_lost(server):
-            exit_code = 1  # the child cut the line itself
-        return samples, found, exit_code
+        end = _parsed(answer)
+        if end.exit_code is None and not self._is_lost(server):
+            end = _End(1)  # the child cut the line itself
+        return samples, end
 
     def _await(self, descriptor: int, checkpoint: Callable[[], None]) -> None:
         """Returns when there is something to read. Ticks are counted, not time: a machine that
@@ -308,25 +309,35 @@ def _received(record: socket.socket) -> bytes:
         return b""
 
 
-def _parsed(answer: bytes) -> tuple[dict[str, Any], int | None]:
-    """What the child found, and the exit code that the server added. The child may have been taken
-    over, so nothing is believed of it but what is checked here."""
-    line, _, end = answer.rpartition(b"\n")
+@dataclass(frozen=True)
+class _End:
+    """Of a child: its exit code (None if the server is lost), what it found, and the most memory
+    that it held."""
+
+    exit_code: int | None
+    found: dict[str, Any] = field(default_factory=dict)
+    peak_mib: float = 0.0
+
+
+def _parsed(answer: bytes) -> _End:
+    """What the child found, and what the server added. The child may have been taken over, so
+    nothing is believed of it but what is checked here."""
+    line, _, added = answer.rpartition(b"\n")
     try:
-        exit_code = int(end)
+        exit_code, peak_kib = map(int, added.split())
     except ValueError:
-        return {}, None
+        return _End(None)
+    peak_mib = round(peak_kib / 1024, 1)
     try:
         found = json.loads(line) if exit_code == 0 else {}
-        return (found, exit_code) if isinstance(found, dict) else ({}, 1)
-    except ValueError:
-        return {}, 1
+    except (ValueError, RecursionError):
+        found = None
+    return _End(exit_code, found, peak_mib) if isinstance(found, dict) else _End(1, {}, peak_mib)
 
 
 def _judged(
     samples: _Samples, found: dict[str, Any], allow_partial: bool
 ) -> tuple[NDArray[np.float32], bool]:
-    log.debug("decoded", extra={"action": "decoded", "found": str(found)[:500]})
     if code := found.get("code"):
         kind = REFUSALS.get(code, UnreadableMedia) if isinstance(code, str) else UnreadableMedia
         raise kind(str(found.get("message") or "")[:500] or None)
@@ -347,5 +358,7 @@ def _verdict(exit_code: int) -> str:
     """A sentence on a child that ended without an answer."""
     if exit_code == -signal.SIGXCPU:
         return f"Decoding the file takes more processor time than a recording needs. {MADE_TO_HARM}"
-    what = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+    what = f"exit code {exit_code}"
+    with suppress(ValueError):
+        what = signal.Signals(-exit_code).name
     return f"The decoder failed on this file ({what}). {MADE_TO_HARM}"

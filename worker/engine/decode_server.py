@@ -8,8 +8,9 @@ request with three descriptors; the child that it forks
     writes 16-bit mono samples to      PCM      (a pipe)
     writes one line of JSON to         RECORD   (a socket), before it ends: what it found
 
-and this process adds the child's exit code to RECORD when it is gone. Closing the other end of
-RECORD kills the child; closing the control socket, which the worker's death does, too, ends all.
+and this process adds the child's exit code and peak memory (KiB) to RECORD when it is gone.
+Closing the other end of RECORD kills the child; closing the control socket, which the worker's
+death does, too, ends all.
 """
 
 from __future__ import annotations
@@ -109,14 +110,14 @@ def serve(control: socket.socket) -> None:
 def reap(children: dict[int, socket.socket], poll: select.poll) -> None:
     """Tells of each child that is gone how it ended."""
     while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        pid, status, usage = os.wait4(-1, os.WNOHANG)
         if not pid:
             return
         record = children.pop(pid)
         with suppress(KeyError):
             poll.unregister(record)
         with suppress(OSError), record:
-            record.send(b"\n%d" % os.waitstatus_to_exitcode(status))
+            record.send(b"\n%d %d" % (os.waitstatus_to_exitcode(status), usage.ru_maxrss))
 
 
 def fork(request: bytes, received: list[int]) -> int:

@@ -21,8 +21,9 @@ from worker.engine.decode import SAMPLE_RATE, Decoder
 from worker.engine.model import LoadedModel
 from worker.engine.parts import Part, Plan, Result, cut
 from worker.engine.scheduler import Scheduler
-from worker.engine.speech import Audio
+from worker.engine.speech import Stretch
 from worker.engine.transcript import Heard, segment_of, transcript_of
+from worker.engine.vad import Audio, VoiceDetector
 
 # Called with the share of the audio that is done (0-1); raises to stop between two segments.
 Checkpoint = Callable[[float], None]
@@ -36,7 +37,8 @@ MAX_BATCH = {"cpu": 1, "cuda": 16}
 class Recording:
     """Decoded, and its speech found."""
 
-    audio: Audio
+    audio: Audio  # what the model is to hear of it
+    stretches: list[Stretch] | None  # what `audio` was joined from; None: it is all of it
     is_partial: bool
     heard: Heard
     whole: Part | None  # None: its windows are not decoded independently
@@ -51,23 +53,31 @@ class Engine:
         model: LoadedModel,
         *,
         replicas: int,
+        has_spare: bool = False,
         max_audio_seconds: float,
         part_seconds: float = 300,
+        voice_threads: int = 1,
         decoder: Decoder | None = None,
     ):
-        """`part_seconds`: speech in a part of a long recording. `decoder`: one that has started
-        already; the engine closes it."""
+        """`replicas`: of the model, without the spare. `part_seconds`: speech in a part of a long
+        recording. `voice_threads`: how many look for speech in a long one. `decoder`: one that has
+        started already; the engine closes it."""
         self.model = model
         self._decoder = decoder or Decoder()
+        self._detector = VoiceDetector(voice_threads)
         self._max_audio_seconds = max_audio_seconds
         self._part_seconds = part_seconds
         self._scheduler = Scheduler(
-            model.whisper, replicas=replicas, max_batch=MAX_BATCH[model.device]
+            model.whisper,
+            replicas=replicas,
+            max_batch=MAX_BATCH[model.device],
+            has_spare=has_spare,
         )
 
     def close(self) -> None:
         """Ends the threads; no transcription may be under way."""
         self._scheduler.close()
+        self._detector.close()
         self._decoder.close()
 
     def transcribe(
@@ -103,13 +113,21 @@ class Engine:
         checkpoint(0.0)
         duration = len(audio) / SAMPLE_RATE
         heard = Heard(duration, duration)
-        whole = None
-        if options.mode == "batched" and batched.can(audio, options):
-            stretches = batched.stretches_of(audio, options)
+        stretches = whole = None
+        if options.vad_filter:
+            found = time.perf_counter()
+            stretches = speech.find(self._detector, audio, options, lambda: checkpoint(0.0))
             heard.duration_after_vad = speech.seconds(stretches)
-            whole = Part(speech.windows(audio, stretches), stretches)
+            stage("vad", time.perf_counter() - found)
+        if options.mode == "batched" and batched.can(audio, options):
+            everything = [{"start": 0, "end": len(audio)}]
+            pieces = everything if stretches is None else stretches
+            whole = Part(speech.windows(audio, pieces), pieces)
             audio = audio[:0].copy()  # the windows hold what matters
-        return Recording(audio, is_partial, heard, whole, time.perf_counter() - began)
+        elif stretches is not None:
+            audio = speech.join(audio, stretches)
+        spent = time.perf_counter() - began
+        return Recording(audio, stretches, is_partial, heard, whole, spent)
 
     def hear(
         self,
@@ -122,7 +140,9 @@ class Engine:
         began = time.perf_counter()
         heard = recording.heard
         if recording.whole is None:
-            found = sequential.transcribe(self.model.whisper, recording.audio, options, heard)
+            found = sequential.transcribe(
+                self.model.whisper, recording.audio, recording.stretches, options, heard
+            )
         else:
             found = self._batched(recording.whole, options, heard, checkpoint)
         segments: list[Segment] = []

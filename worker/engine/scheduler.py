@@ -4,15 +4,22 @@ A window that can share a call with others (same decoding, prompts of one length
 joins them, up to `max_batch`. Who has had the least goes first, so a clip never waits for a long
 recording, and long ones share evenly; every fourth turn goes to who came first, so that clips can't
 starve a long recording.
+
+A window that runs can't be stopped, so turns alone would leave a clip waiting for one. Two things
+keep room for clips. There may be a spare replica, which longer recordings leave free: a clip starts
+at once, beside the windows that run. And while clips keep coming, longer recordings leave them one
+replica more, where that is not the last.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -21,6 +28,8 @@ from faster_whisper.transcribe import get_ctranslate2_storage
 from numpy.typing import NDArray
 
 FAIR_TURN = 4
+CLIP_WINDOWS = 2  # at most
+YIELD_SECONDS = 2.0  # how long room is kept after a clip
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,12 @@ class Answer:
 class Line:
     """The windows of one transcription that wait."""
 
+    is_clip: bool
     waiting: deque[tuple[Request, Future[Answer]]] = field(default_factory=deque)
     served: int = 0
+
+
+Batch = list[tuple[Request, Future[Answer]]]
 
 
 class Closed(Exception):
@@ -74,30 +87,39 @@ class Closed(Exception):
 
 
 class Scheduler:
-    """Owns the threads that call the model, one for each replica of it."""
+    """Owns the threads that call the model, one for each replica of it and one for a spare."""
 
-    def __init__(self, whisper: WhisperModel, *, replicas: int, max_batch: int):
+    def __init__(
+        self, whisper: WhisperModel, *, replicas: int, max_batch: int, has_spare: bool = False
+    ):
         self._whisper = whisper
         self._max_batch = max_batch
         self.capacity = replicas * max_batch  # windows that can run at the same time
         self._lines: dict[object, Line] = {}
+        self._replicas = replicas
+        self._has_spare = has_spare
+        self._long_calls = 0  # that run now, of recordings that are no clips
+        self._clip_left = -inf  # when the last clip ended
         self._turn = 0
         self._changed = threading.Condition()
         self._is_open = True
         self._threads = [
             threading.Thread(target=self._serve, name=f"model-{n}", daemon=True)
-            for n in range(replicas)
+            for n in range(replicas + has_spare)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, owner: object, requests: Iterable[Request]) -> list[Future[Answer]]:
-        """Queues windows of one transcription, in their order."""
+    def submit(
+        self, owner: object, requests: Iterable[Request], *, is_clip: bool = False
+    ) -> list[Future[Answer]]:
+        """Queues windows of one transcription, in their order. `is_clip`: it has CLIP_WINDOWS at
+        most."""
         futures: list[Future[Answer]] = []
         with self._changed:
             if not self._is_open:
                 raise Closed
-            line = self._lines.setdefault(owner, Line())
+            line = self._lines.setdefault(owner, Line(is_clip))
             for request in requests:
                 future: Future[Answer] = Future()
                 line.waiting.append((request, future))
@@ -108,7 +130,9 @@ class Scheduler:
     def leave(self, owner: object) -> None:
         """The transcription is over, or cancelled: what still waits is dropped."""
         with self._changed:
-            line = self._lines.pop(owner, Line())
+            line = self._lines.pop(owner, Line(is_clip=False))
+            if line.is_clip:
+                self._clip_left = time.monotonic()
             for _, future in line.waiting:
                 future.cancel()
 
@@ -123,7 +147,8 @@ class Scheduler:
             thread.join()
 
     def _serve(self) -> None:
-        while batch := self._next():
+        while call := self._next():
+            line, batch = call
             requests = [request for request, _ in batch]
             try:
                 answers = self._run(requests)
@@ -131,24 +156,40 @@ class Scheduler:
                 for _, future in batch:
                     future.set_exception(exc)
                 continue
+            finally:
+                self._done(line)
             for (_, future), answer in zip(batch, answers, strict=True):
                 future.set_result(answer)
 
-    def _next(self) -> list[tuple[Request, Future[Answer]]]:
-        """Waits for work; an empty list means that there will be none."""
+    def _next(self) -> tuple[Line, Batch] | None:
+        """Waits for work: whose turn it is, and what its call holds. None: there will be none."""
         with self._changed:
-            while self._is_open and not any(line.waiting for line in self._lines.values()):
-                self._changed.wait()
-            return self._pick() if self._is_open else []
+            while self._is_open:
+                waiting = [line for line in self._lines.values() if line.waiting]
+                if lines := [line for line in waiting if line.is_clip or self._has_room()]:
+                    return self._pick(lines)
+                self._changed.wait(YIELD_SECONDS if waiting else None)
+            return None
 
-    def _pick(self) -> list[tuple[Request, Future[Answer]]]:
+    def _has_room(self) -> bool:
+        """For one more call of a recording that is no clip."""
+        most = self._replicas
+        if self._has_spare and most > 1 and self._are_clips_coming():
+            most -= 1
+        return self._long_calls < most
+
+    def _are_clips_coming(self) -> bool:
+        is_near = time.monotonic() < self._clip_left + YIELD_SECONDS
+        return is_near or any(line.is_clip for line in self._lines.values())
+
+    def _pick(self, lines: list[Line]) -> tuple[Line, Batch]:
         """The window whose turn it is, and all that can share its call."""
-        lines = [line for line in self._lines.values() if line.waiting]
         self._turn += 1
         if self._turn % FAIR_TURN:
             lines.sort(key=lambda line: line.served)  # else in the order of their arrival
-        first = lines[0].waiting[0][0]
-        batch: list[tuple[Request, Future[Answer]]] = []
+        leader = lines[0]
+        first = leader.waiting[0][0]
+        batch: Batch = []
         size = 1 if first.keeps_encoding else self._max_batch
         for line in lines:
             while len(batch) < size and line.waiting and self._fits(line.waiting[0][0], first):
@@ -156,7 +197,13 @@ class Scheduler:
                 if future.set_running_or_notify_cancel():
                     batch.append((request, future))
                 line.served += 1
-        return batch
+        self._long_calls += not leader.is_clip
+        return leader, batch
+
+    def _done(self, leader: Line) -> None:
+        with self._changed:
+            self._long_calls -= not leader.is_clip
+            self._changed.notify_all()
 
     @staticmethod
     def _fits(request: Request, first: Request) -> bool:

@@ -19,9 +19,10 @@ from faster_whisper.transcribe import TranscriptionOptions as WhisperOptions
 from faster_whisper.transcribe import get_suppressed_tokens, restore_speech_timestamps
 
 from shared.options import TranscriptionOptions
-from worker.engine import speech
 from worker.engine.decode import SAMPLE_RATE
+from worker.engine.speech import Stretch
 from worker.engine.transcript import Heard
+from worker.engine.vad import Audio
 
 PREPEND = "\"'“¿([{-"
 APPEND = "\"'.。,，!！?？:：”)]}、"  # noqa: RUF001 - faster-whisper's list
@@ -29,14 +30,14 @@ MAX_INITIAL_TIMESTAMP = 1.0  # seconds; faster-whisper's default
 
 
 def transcribe(
-    whisper: WhisperModel, audio: speech.Audio, options: TranscriptionOptions, heard: Heard
+    whisper: WhisperModel,
+    audio: Audio,
+    stretches: list[Stretch] | None,
+    options: TranscriptionOptions,
+    heard: Heard,
 ) -> Generator[WhisperSegment, None, None]:
-    """Segments as they are found; `heard` is filled in before the first."""
-    stretches: list[speech.Stretch] = []
-    if options.vad_filter:
-        stretches = speech.find(audio, options)
-        audio = speech.join(audio, stretches)
-        heard.duration_after_vad = len(audio) / SAMPLE_RATE
+    """Segments as they are found; the language of `heard` is filled in before the first.
+    `stretches`: those of the recording that `audio` was joined from, if it was."""
     features = whisper.feature_extractor(audio)
     encoding, language = first_encoding(whisper, features, options, heard)
     tokenizer = Tokenizer(
