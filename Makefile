@@ -8,7 +8,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test compose-test bench check format lock clean
+.PHONY: help demo run test compose-test hostile audit bench check format lock clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,11 +28,18 @@ compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compos
 bench: $(VENV)/.installed-dev ## measure ratios against faster-whisper; writes the README's table (minutes)
 	@$(BIN)/python -m bench
 
+hostile: $(VENV)/.installed-dev ## hostile files and fuzzing, with a table in docs/hostile-media.md (minutes)
+	@$(BIN)/python -m tests.hostile --fuzz 25
+
 check: $(VENV)/.installed-dev ## lint, types and import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+audit: $(VENV)/.installed-dev ## ask whether what requirements/*.txt pins has known flaws (needs pypi.org)
+	@$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --require-hashes \
+		-r requirements/dev.txt -r requirements/cuda.txt
 
 format: $(VENV)/.installed-dev ## rewrite the code as the linter wants it
 	@$(BIN)/ruff check --fix .

@@ -11,11 +11,12 @@ from tempfile import TemporaryDirectory
 
 import uvicorn
 
+from api.protocol import Protocol
+from api.serve import GRACEFUL_SECONDS, serve
 from shared.errors import InvalidSettings
 from shared.settings import load_settings
 
 EXIT_CONFIG = 78  # sysexits.h: it would fail the same way again
-GRACEFUL_SECONDS = 30
 
 
 def main() -> int:
@@ -26,17 +27,20 @@ def main() -> int:
         return EXIT_CONFIG
     raise_file_limit()
     with counters(settings.workers):
-        uvicorn.run(
-            "api.app:create_app",
-            factory=True,
-            host=settings.host,
-            port=settings.port,
-            workers=settings.workers,
-            log_config=None,
-            server_header=False,
-            timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        return serve(
+            uvicorn.Config(
+                "api.app:create_app",
+                factory=True,
+                host=settings.host,
+                port=settings.port,
+                workers=settings.workers,
+                log_config=None,
+                server_header=False,
+                http=Protocol,
+                ws="none",
+                timeout_graceful_shutdown=GRACEFUL_SECONDS,
+            )
         )
-    return 0
 
 
 def raise_file_limit() -> None:

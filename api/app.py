@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.staticfiles import StaticFiles
 
 from api import docs, errors, jobs, monitoring, transcriptions
+from api.access import Access
+from api.admission import Admission
 from api.dependencies import State
+from api.key_store import KeyStore
 from api.middleware import Linger, Observe
-from api.store import JobStore
+from api.store import JobStore, connect
 from shared import logs, metrics
 from shared.broker import celery_app
-from shared.settings import Settings, load_settings
+from shared.settings import Auth, Settings, load_settings, parse_origins
 from shared.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -35,11 +40,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         celery = celery_app(settings.redis_url.get_secret_value())
         store = JobStore(settings, celery)
-        app.state.service = State(settings, store, Storage(settings.data_dir), counted)
-        log.info("api started", extra={"action": "api_started"})
+        storage = Storage(settings.data_dir)
+        admission = Admission(settings, store, storage)
+        keys = KeyStore(connect(settings))
+        app.state.service = State(settings, store, keys, storage, admission, counted)
+        log.info("api started", extra={"action": "api_started", "auth": settings.auth})
         try:
             yield
         finally:
+            await keys.close()
             await store.close()
             log.info("api stopped", extra={"action": "api_stopped"})
 
@@ -51,6 +60,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    document = functools.cache(lambda: docs.openapi(app, settings.auth))
+    app.openapi = document  # type: ignore[method-assign]
+    if settings.auth is Auth.KEYS:
+        app.add_middleware(Access)
+    if origins := parse_origins(settings.cors_origins):
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Location", "Retry-After", "X-Request-ID"],
+        )
     app.add_middleware(Observe, metrics=counted)
     app.add_middleware(Linger)
     errors.install(app)

@@ -7,6 +7,8 @@ from typing import cast
 
 from fastapi import Request
 
+from api.admission import Admission
+from api.key_store import KeyStore
 from api.store import JobStore
 from shared.metrics import ApiMetrics
 from shared.settings import Settings
@@ -17,7 +19,9 @@ from shared.storage import Storage
 class State:
     settings: Settings
     store: JobStore
+    keys: KeyStore
     storage: Storage
+    admission: Admission
     metrics: ApiMetrics
 
 

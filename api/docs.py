@@ -5,16 +5,60 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 
-from api.errors import status_of
+from api.access import needed
+from api.errors import PROBLEM_TYPE, answers, status_of
 from shared import errors
+from shared.settings import Auth
 
 router = APIRouter(include_in_schema=False)
 
 STATIC = Path(__file__).parent / "static"
+
+
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
+
+def openapi(app: FastAPI, auth: Auth) -> dict[str, Any]:
+    """FastAPI's document, but for errors: they are problems (api/errors.py), in their own type."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    operations = [each for path in document["paths"].values() for each in path.values()]
+    for operation in operations:
+        # FastAPI names this wherever there is a parameter; ours are described where they occur.
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]
+        for response in operation["responses"].values():
+            if "Problem" in str(response.get("content")):
+                response["content"] = {PROBLEM_TYPE: response["content"]["application/json"]}
+    if auth is Auth.KEYS:
+        demand_keys(document)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(unused, None)
+    return document
+
+
+def demand_keys(document: dict[str, Any]) -> None:
+    """What every guarded endpoint asks for, and may answer without one."""
+    document["components"]["securitySchemes"] = KEY_SCHEMES
+    problem = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    refusals = answers(errors.Unauthorized, errors.Forbidden, errors.RateLimited)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if needed(method.upper(), path):
+                operation["security"] = [{name: []} for name in KEY_SCHEMES]
+                for status, answer in refusals.items():
+                    described = {"description": answer["description"], "content": problem}
+                    operation["responses"].setdefault(str(status), described)
 
 
 @router.get("/")
@@ -50,7 +94,6 @@ def catalogue() -> list[tuple[str, int, str]]:
         "http_error": (400, "The request is not one that this address takes."),
         "internal_error": (500, "An error on our side; the log has it under the request_id."),
         # nginx's own (deploy/nginx/templates/answers.conf.template)
-        "rate_limited": (429, "Too many requests from one address. Try again after Retry-After."),
         "unavailable": (503, "No API replica answered nginx. Try again after Retry-After."),
     }
     for kind in leaves(errors.ServiceError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,12 +19,15 @@ log = logging.getLogger(__name__)
 
 # The first class that matches wins, so a subclass stands before its parent.
 STATUS: dict[type[errors.ServiceError], int] = {
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.InvalidField: 422,
     errors.MalformedUpload: 400,
     errors.MissingFile: 422,
     errors.EmptyFile: 422,
     errors.FileTooLarge: 413,
     errors.NotAudio: 415,
+    errors.UploadTooSlow: 408,
     errors.JobNotFound: 404,
     errors.JobExpired: 410,
     errors.ResultNotReady: 409,
@@ -31,15 +35,29 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.JobFailed: 422,
     errors.RequestError: 400,
     errors.StoreUnavailable: 503,
+    errors.LimitReached: 429,
     errors.StorageFull: 507,
     errors.Unavailable: 503,
     errors.ServiceError: 500,
 }
 DEFAULT_RETRY_AFTER_SECONDS = 5
+PROBLEM_TYPE = "application/problem+json"
 
 
 def status_of(error: errors.ServiceError) -> int:
     return next(status for kind, status in STATUS.items() if isinstance(error, kind))
+
+
+def answers(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of an endpoint that can end with these."""
+    texts: dict[int, list[str]] = {}
+    for kind in kinds:
+        text = f"`{kind.code}`: {' '.join((kind.__doc__ or '').split())}"
+        texts.setdefault(status_of(kind.__new__(kind)), []).append(text)
+    return {
+        status: {"model": Problem, "description": "\n\n".join(texts[status])}
+        for status in sorted(texts)
+    }
 
 
 def problem(
@@ -63,7 +81,7 @@ def problem(
     return JSONResponse(
         body.model_dump(mode="json", exclude_defaults=not fields),
         status_code=status,
-        media_type="application/problem+json",
+        media_type=PROBLEM_TYPE,
         headers=dict(headers or {}),
     )
 
@@ -74,6 +92,8 @@ async def service_error(request: Request, exc: Exception) -> Response:
     headers = {}
     if isinstance(exc, errors.Unavailable | errors.ResultNotReady):
         headers["Retry-After"] = str(exc.retry_after_seconds or DEFAULT_RETRY_AFTER_SECONDS)
+    if isinstance(exc, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     fields = None
     if isinstance(exc, errors.InvalidField):
         fields = [FieldProblem(field=field, message=text) for field, text in exc.errors]

@@ -9,16 +9,30 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 
 from api import formats
+from api.access import audit, caller_of
 from api.dependencies import state_of
+from api.errors import answers
+from api.store import Snapshot
 from api.transcriptions import links
 from shared.errors import (
+    InvalidField,
     JobCancelled,
+    JobExpired,
     JobFailed,
     JobNotFound,
     ResultNotReady,
+    StoreUnavailable,
 )
 from shared.jobs import Job, JobStatus
-from shared.schemas import Failure, JobEnded, JobPartial, JobResult, JobView, Transcript
+from shared.schemas import (
+    Failure,
+    JobEnded,
+    JobPartial,
+    JobResult,
+    JobView,
+    Transcript,
+    VerboseTranscript,
+)
 
 router = APIRouter(tags=["jobs"])
 
@@ -38,16 +52,31 @@ def poll_after_seconds(job: Job) -> int:
     return min(30, 1 + (job.queue_position or 1) // 10)
 
 
-@router.get("/status/{job_id}", response_model=JobView, summary="Ask how far a job is")
+@router.get(
+    "/status/{job_id}",
+    response_model=JobView,
+    summary="Ask how far a job is",
+    responses=answers(JobNotFound, StoreUnavailable),
+)
 async def status(job_id: str, request: Request, response: Response) -> JobView:
-    job = await state_of(request).store.read(job_id_of(job_id))
+    state = state_of(request)
+    job = await state.store.read(job_id_of(job_id), caller_of(request).sees)
     response.headers["Cache-Control"] = "no-store"
     if not job.status.is_terminal:
         response.headers["Retry-After"] = str(poll_after_seconds(job))
-    return view(job)
+    look = await state.admission.look() if job.queue_position else None
+    return view(job, look)
 
 
-def view(job: Job) -> JobView:
+def estimated_wait_seconds(job: Job, look: Snapshot | None) -> float | None:
+    """Its share of the whole queue's time, as if all jobs in it were of one size."""
+    if look is None or look.wait_seconds is None or not job.queue_position:
+        return None
+    ahead = (job.queue_position - 1) / max(look.queued, job.queue_position)
+    return round(look.wait_seconds * ahead, 1)
+
+
+def view(job: Job, look: Snapshot | None = None) -> JobView:
     # A job that was answered from the cache, or joined late, did not wait for the whole run.
     began = max(job.started_at, job.submitted_at) if job.started_at else None
     if job.outcome == "hit":
@@ -58,6 +87,7 @@ def view(job: Job) -> JobView:
         status=job.status,
         progress=job.progress,
         queue_position=job.queue_position,
+        estimated_wait_seconds=estimated_wait_seconds(job, look),
         deduplicated=job.outcome != "new",
         attempts=job.attempts,
         duration=job.duration,
@@ -76,7 +106,18 @@ def view(job: Job) -> JobView:
     "/result/{job_id}",
     summary="Get the transcript",
     response_model=None,
-    responses={200: {"model": JobResult, "content": formats.CONTENT_OF_RESULT}},
+    responses={
+        200: {"model": JobResult | VerboseTranscript, "content": formats.CONTENT_OF_RESULT},
+        **answers(
+            JobNotFound,
+            JobExpired,
+            ResultNotReady,
+            JobCancelled,
+            JobFailed,
+            InvalidField,
+            StoreUnavailable,
+        ),
+    },
 )
 async def result(
     job_id: str,
@@ -84,7 +125,8 @@ async def result(
     format: Annotated[formats.Format, Query(description="How to write it.")] = formats.Format.JSON,
 ) -> Response:
     store = state_of(request).store
-    job = await store.read(job_id_of(job_id))
+    job = await store.read(job_id_of(job_id), caller_of(request).sees)
+    audit(request, "result_read", job.job_id)
     if job.status is JobStatus.FAILED:
         raise JobFailed(job.error_code, job.error_message)
     if job.status is JobStatus.CANCELLED:
@@ -99,13 +141,17 @@ async def result(
 
 
 @router.get(
-    "/jobs/{job_id}/partial", response_model=JobPartial, summary="Read what is transcribed so far"
+    "/jobs/{job_id}/partial",
+    response_model=JobPartial,
+    summary="Read what is transcribed so far",
+    responses=answers(JobNotFound, JobExpired, StoreUnavailable),
 )
 async def partial(job_id: str, request: Request, response: Response) -> JobPartial:
     """The beginning of a long recording while the rest is still running: it grows part by part. A
     short one has nothing until it is done."""
     store = state_of(request).store
-    job = await store.read(job_id_of(job_id))
+    job = await store.read(job_id_of(job_id), caller_of(request).sees)
+    audit(request, "partial_read", job.job_id)
     response.headers["Cache-Control"] = "no-store"
     if job.status is JobStatus.COMPLETED:
         segments = Transcript.model_validate_json(await store.transcript(job)).segments
@@ -122,17 +168,22 @@ async def partial(job_id: str, request: Request, response: Response) -> JobParti
 
 
 @router.delete(
-    "/jobs/{job_id}", response_model=JobEnded, summary="Cancel a job or erase its result"
+    "/jobs/{job_id}",
+    response_model=JobEnded,
+    summary="Cancel a job or erase its result",
+    responses=answers(JobNotFound, StoreUnavailable),
 )
 async def delete(job_id: str, request: Request) -> JobEnded:
     """Cancels an unfinished job; erases a finished one, and its transcript with the last job."""
     state = state_of(request)
     job_id = job_id_of(job_id)
-    outcome = await state.store.cancel(job_id)
+    sees = caller_of(request).sees
+    outcome = await state.store.cancel(job_id, sees)
     if outcome == "finished":
-        outcome = await state.store.erase(job_id)
+        outcome = await state.store.erase(job_id, sees)
     if outcome == "unknown":
         raise JobNotFound
+    audit(request, f"job_{outcome}", job_id)
     await asyncio.to_thread(state.storage.remove, job_id)
     if outcome == "cancelled":
         return JobEnded(job_id=job_id, status="cancelled", message="The job was cancelled")

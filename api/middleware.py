@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from uuid import uuid4
 
 from starlette.datastructures import MutableHeaders
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 30  # nginx's own figures
 LINGER_IDLE_SECONDS = 5
+NOT_AWAITED = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNAUTHORIZED})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
@@ -89,7 +91,9 @@ class Observe:
 class Linger:
     """Reads on for a while when the answer comes before the end of an upload, and drops what it
     reads: most clients look for an answer only when they have sent all, and a connection that is
-    closed at once takes the answer with it. nginx does the same (lingering_close)."""
+    closed at once takes the answer with it. nginx does the same (lingering_close). Not after an
+    upload that was too slow: who drips would be kept, and that is what the answer ends. And not for
+    strangers, who could send without end; most clients notice the answer all the same."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -107,8 +111,10 @@ class Linger:
             return message
 
         async def answer(message: Message) -> None:
+            nonlocal is_read
             if message["type"] == "http.response.start" and not is_read:
                 MutableHeaders(scope=message)["Connection"] = "close"
+                is_read = message["status"] in NOT_AWAITED
             if is_read or message["type"] != "http.response.body" or message.get("more_body"):
                 await send(message)
                 return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -23,9 +24,10 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from api.dependencies import State, state_of
+from api.errors import answers
 from api.store import Snapshot
 from shared.broker import QUEUE_NAME
-from shared.errors import StorageFull, StoreUnavailable
+from shared.errors import StorageFull, StoreFull, StoreUnavailable
 from shared.metrics import VERSION
 
 router = APIRouter(tags=["monitoring"])
@@ -34,7 +36,11 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health", summary="Is the service well?")
+@router.get(
+    "/health",
+    summary="Is the service well?",
+    responses={503: {"description": "It is unavailable", "content": {"application/json": {}}}},
+)
 async def health(request: Request, response: Response) -> dict[str, Any]:
     """`ok`: jobs are accepted and a warm worker is there. `degraded`: jobs are accepted and safe,
     but no worker is warm. `unavailable` (503): the job store does not answer."""
@@ -66,7 +72,11 @@ async def live() -> dict[str, str]:
 
 
 @router.head("/health/ready", include_in_schema=False)
-@router.get("/health/ready", summary="Can this replica accept a job?")
+@router.get(
+    "/health/ready",
+    summary="Can this replica accept a job?",
+    responses=answers(StoreUnavailable, StoreFull, StorageFull),
+)
 async def ready(request: Request) -> dict[str, str]:
     state = state_of(request)
     await state.store.admit()
@@ -75,7 +85,11 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/stats", summary="What happened, and what is under way")
+@router.get(
+    "/stats",
+    summary="What happened, and what is under way",
+    responses=answers(StoreUnavailable),
+)
 async def stats(request: Request) -> dict[str, Any]:
     """Counts run since the job store began; they outlive restarts of every process."""
     state = state_of(request)
@@ -84,7 +98,10 @@ async def stats(request: Request) -> dict[str, Any]:
     return {
         "queue": {
             "queued": snapshot.queued,
+            "parts": snapshot.parts,
             "oldest_seconds": round(snapshot.oldest_queued_seconds, 3),
+            "backlog_seconds": rounded(snapshot.backlog_seconds),
+            "wait_seconds": rounded(snapshot.wait_seconds),
             "processing": snapshot.processing,
         },
         "jobs": {
@@ -109,7 +126,11 @@ async def stats(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+def rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     state = state_of(request)
     try:
@@ -171,6 +192,23 @@ class _FromStore:
             gauge = GaugeMetricFamily(name, text, labels=["queue"])
             gauge.add_metric([QUEUE_NAME], value)
             yield gauge
+        yield GaugeMetricFamily(
+            "whisper_queue_parts", "Parts of long recordings that wait", self.snapshot.parts
+        )
+        for name, text, seconds in (
+            (
+                "whisper_queue_backlog_seconds",
+                "How long one slot would need for all that waits; absent while nobody knows",
+                self.snapshot.backlog_seconds,
+            ),
+            (
+                "whisper_queue_wait_seconds",
+                "How long a job that comes now would wait; absent while nobody knows",
+                self.snapshot.wait_seconds,
+            ),
+        ):
+            if seconds is not None:
+                yield GaugeMetricFamily(name, text, seconds)
         workers = GaugeMetricFamily(
             "whisper_workers", "Workers with a fresh heartbeat", labels=["state"]
         )

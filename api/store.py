@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
+from math import ceil
 from typing import Any
 
 from celery import Celery
@@ -23,7 +24,15 @@ from redis.exceptions import RedisError, ResponseError
 
 from shared import keys
 from shared.broker import QUEUE_NAME, doorbell, short
-from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable
+from shared.errors import (
+    AudioMinutesUsed,
+    JobExpired,
+    JobNotFound,
+    LimitReached,
+    StoreFull,
+    StoreUnavailable,
+    TooManyJobs,
+)
 from shared.jobs import Job
 from shared.schemas import Segment
 from shared.scripts import has_script_flags, source
@@ -47,45 +56,117 @@ class Submission:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What one caller may use. None: no limit."""
+
+    requests: int | None = None  # in each period, and at once
+    period_ms: int = 60_000
+    jobs: int | None = None  # unfinished
+    audio_minutes: int | None = None  # in each day (UTC)
+
+    @property
+    def audio_ms(self) -> int | None:
+        return None if self.audio_minutes is None else self.audio_minutes * 60_000
+
+
+NO_LIMITS = Limits()
+LIMITS: dict[str, type[LimitReached]] = {"jobs": TooManyJobs, "audio": AudioMinutesUsed}
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The queue and the workers at one moment."""
 
-    queued: int
+    queued: int  # transcriptions
     oldest_queued_seconds: float
     processing: int
     counters: Mapping[str, int]
     workers: tuple[Mapping[str, Any], ...]  # what each live worker says of itself
     memory_used_bytes: int = 0
     memory_max_bytes: int = 0  # 0: the server has no limit
+    parts: int = 0  # of long recordings, that wait
+    backlog: int = 0  # weight of all that waits
+    slot_seconds: float | None = None  # for a unit of weight; None: nothing was completed yet
+    slots: int = 0  # of the live workers; where none lives, of those that were seen last
+
+    @property
+    def backlog_seconds(self) -> float | None:
+        """How long one slot would need for all that waits. None: nobody knows yet."""
+        return None if self.slot_seconds is None else self.backlog * self.slot_seconds
+
+    @property
+    def wait_seconds(self) -> float | None:
+        """How long a job that comes now would wait. None: nobody knows yet."""
+        if self.backlog_seconds is None or not self.slots:
+            return None
+        return self.backlog_seconds / self.slots
+
+    def weight_of_wait(self, seconds: float) -> int | None:
+        """How much may wait when nobody shall wait longer than that. None: nobody knows yet."""
+        if not self.slot_seconds or not self.slots:
+            return None
+        return int(seconds * self.slots / self.slot_seconds)
 
     @property
     def warm_workers(self) -> int:
         return sum(1 for worker in self.workers if worker.get("warm"))
 
 
+def connect(settings: Settings) -> Redis:
+    """Connects when it is first used; `aclose` closes all of it."""
+    pool = BlockingConnectionPool.from_url(
+        settings.redis_url.get_secret_value(),
+        max_connections=32,
+        timeout=3,
+        socket_timeout=2,
+        socket_connect_timeout=1,
+        health_check_interval=15,
+        decode_responses=True,
+        retry=Retry(NoBackoff(), 1, supported_errors=(NoConnection,)),
+        client_name="whisper-api",
+    )
+    return Redis.from_pool(pool)
+
+
+class Scripts:
+    """Verbs of shared/lua, loaded when one of them is first used."""
+
+    def __init__(self, redis: Redis, verbs: tuple[str, ...]):
+        self._redis = redis
+        self._verbs = verbs
+        self._loaded: dict[str, AsyncScript] = {}
+
+    async def run(self, verb: str, *args: str | int) -> Any:
+        """Raises StoreUnavailable."""
+        try:
+            if not self._loaded:
+                version = (await self._redis.info("server"))["redis_version"]
+                has_flags = has_script_flags(version)
+                self._loaded = {
+                    name: self._redis.register_script(source(name, has_flags=has_flags))
+                    for name in self._verbs
+                }
+            return await self._loaded[verb](args=args)
+        except (TimeoutError, RedisError) as exc:
+            raise unavailable(exc) from exc
+
+
 class JobStore:
-    """Redis as the API sees it. One instance for each API process."""
+    """Redis as the API sees it. One instance for each API process.
+
+    What is asked of one job is asked by somebody: `seen_by` is the name of who sees its own jobs
+    and no others (to it they do not exist), or '' for who sees all.
+    """
 
     def __init__(self, settings: Settings, celery: Celery):
         self._settings = settings
         self._celery = celery
-        self._pool = BlockingConnectionPool.from_url(
-            settings.redis_url.get_secret_value(),
-            max_connections=32,
-            timeout=3,
-            socket_timeout=2,
-            socket_connect_timeout=1,
-            health_check_interval=15,
-            decode_responses=True,
-            retry=Retry(NoBackoff(), 1, supported_errors=(NoConnection,)),
-            client_name="whisper-api",
-        )
-        self._redis = Redis(connection_pool=self._pool)
-        self._scripts: dict[str, AsyncScript] = {}
+        self._redis = connect(settings)
+        self._run = Scripts(self._redis, VERBS).run
+        self._slots = 0  # of the live workers, when there were any last
 
     async def close(self) -> None:
         await self._redis.aclose()
-        await self._pool.disconnect()
 
     async def admit(self) -> None:
         """Raises StoreUnavailable unless Redis answers, StoreFull unless it has room to spare: what
@@ -93,27 +174,41 @@ class JobStore:
         try:
             memory = await self._redis.info("memory")
         except RedisError as exc:
-            raise _unavailable(exc) from exc
+            raise unavailable(exc) from exc
         if memory["used_memory"] > memory["maxmemory"] * ADMIT_BELOW > 0:
             raise StoreFull(retry_after_seconds=FULL_RETRY_AFTER_SECONDS)
 
-    async def submit(self, manifest: Manifest) -> Submission:
-        """Queues, joins or answers from the cache, in one step; then rings for a worker."""
-        outcome, leader = await self._run(
+    async def submit(
+        self,
+        manifest: Manifest,
+        most_weight: int | None = None,
+        limits: Limits = NO_LIMITS,
+    ) -> Submission | None:
+        """Queues, joins or answers from the cache, in one step; then rings for a worker. None: it
+        would have to be queued, and more than `most_weight` waits already. Raises TooManyJobs,
+        AudioMinutesUsed by its owner's `limits`."""
+        outcome, leader, *ms = await self._run(
             "submit",
             *manifest.identity,
             self._settings.retention_ms,
             self._settings.grace_ms,
+            given(most_weight),
+            given(limits.jobs),
+            given(limits.audio_ms),
         )
+        if outcome == "full":
+            return None
+        if outcome in LIMITS:
+            raise LIMITS[outcome](retry_after_seconds=ceil(ms[0] / 1000))
         if outcome == "exists":
             outcome = "new"  # a reaper found the manifest first, and submitted it for us
         if outcome == "new":
             await self._ring(short(manifest.fingerprint))
         return Submission(outcome, leader)
 
-    async def read(self, job_id: str) -> Job:
+    async def read(self, job_id: str, seen_by: str) -> Job:
         """Raises JobNotFound, JobExpired."""
-        reply = await self._run("read", job_id)
+        reply = await self._run("read", job_id, seen_by)
         if not reply:
             raise JobNotFound
         job = Job.of(job_id, reply)
@@ -126,7 +221,7 @@ class JobStore:
         try:
             text = await self._redis.get(keys.transcript(job.fingerprint))
         except RedisError as exc:
-            raise _unavailable(exc) from exc
+            raise unavailable(exc) from exc
         if text is None:
             raise JobExpired
         return str(text).encode()
@@ -139,7 +234,7 @@ class JobStore:
             units = [keys.part(fingerprint, n) for n in range(number)]
             results = await self._redis.mget([keys.transcript(u) for u in units]) if units else []
         except RedisError as exc:
-            raise _unavailable(exc) from exc
+            raise unavailable(exc) from exc
         segments = [
             segment
             for result in takewhile(bool, results)
@@ -147,19 +242,19 @@ class JobStore:
         ]
         return [Segment.model_validate({**s, "id": n}) for n, s in enumerate(segments)]
 
-    async def cancel(self, job_id: str) -> str:
+    async def cancel(self, job_id: str, seen_by: str) -> str:
         """unknown | finished | cancelled"""
         reply = await self._run(
-            "cancel", job_id, self._settings.retention_ms, self._settings.grace_ms
+            "cancel", job_id, seen_by, self._settings.retention_ms, self._settings.grace_ms
         )
         return str(reply)
 
-    async def erase(self, job_id: str) -> str:
+    async def erase(self, job_id: str, seen_by: str) -> str:
         """unknown | unfinished | erased"""
-        return str(await self._run("erase", job_id))
+        return str(await self._run("erase", job_id, seen_by))
 
     async def snapshot(self) -> Snapshot:
-        """Seven cheap reads in one round trip, whatever the length of the queue."""
+        """Some cheap reads in two round trips, whatever the length of the queue."""
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.time()
@@ -169,17 +264,26 @@ class JobStore:
                 pipe.hgetall(keys.COUNTERS)
                 pipe.zrange(keys.WORKERS, 0, -1)
                 pipe.info("memory")
-                now, queued, oldest, processing, counters, ids, memory = await pipe.execute()
+                pipe.zcard(keys.PARTS)
+                pipe.hmget(keys.PACE, "weight", "ms")
+                reply = await pipe.execute()
+            now, queued, oldest, processing, counters, ids, memory, parts, (weight, ms) = reply
             reports = await self._redis.mget([keys.worker(i) for i in ids]) if ids else []
         except RedisError as exc:
-            raise _unavailable(exc) from exc
+            raise unavailable(exc) from exc
         age = now[0] + now[1] / 1e6 - oldest[0][1] / 1e6 if oldest else 0.0
+        workers = tuple(json.loads(report) for report in reports if report)
+        self._slots = sum(int(worker["slots"]) for worker in workers) or self._slots
         return Snapshot(
             queued=queued,
+            parts=parts,
             oldest_queued_seconds=max(0.0, age),
             processing=processing,
+            backlog=max(0, int(counters.pop("backlog", 0))),
+            slot_seconds=int(ms) / 1000 / int(weight) if weight else None,
+            slots=self._slots,
             counters={name: int(value) for name, value in counters.items()},
-            workers=tuple(json.loads(report) for report in reports if report),
+            workers=workers,
             memory_used_bytes=memory["used_memory"],
             memory_max_bytes=memory["maxmemory"],
         )
@@ -191,21 +295,13 @@ class JobStore:
         except RedisError:
             log.warning("the bell was not rung", extra={"action": "ring_failed"})
 
-    async def _run(self, verb: str, *args: str | int) -> Any:
-        try:
-            if not self._scripts:
-                version = (await self._redis.info("server"))["redis_version"]
-                has_flags = has_script_flags(version)
-                self._scripts = {
-                    name: self._redis.register_script(source(name, has_flags=has_flags))
-                    for name in VERBS
-                }
-            return await self._scripts[verb](args=args)
-        except (TimeoutError, RedisError) as exc:
-            raise _unavailable(exc) from exc
+
+def given(limit: int | None) -> str | int:
+    """As the scripts have it."""
+    return "" if limit is None else limit
 
 
-def _unavailable(exc: Exception) -> StoreUnavailable:
+def unavailable(exc: Exception) -> StoreUnavailable:
     """Redis is away, loading, full or read-only: all of these pass. A bug in a script does not."""
     if isinstance(exc, ResponseError) and "Error running script" in str(exc):
         raise exc

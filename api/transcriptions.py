@@ -12,9 +12,26 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from api.access import audit, caller_of
 from api.dependencies import State, state_of
+from api.errors import answers
 from api.uploads import FORM_OVERHEAD_BYTES, Upload, receive, too_large
-from shared.errors import InvalidField, MalformedUpload, ServiceError, StorageFull
+from shared.errors import (
+    AudioMinutesUsed,
+    EmptyFile,
+    FileTooLarge,
+    InvalidField,
+    MalformedUpload,
+    MissingFile,
+    NotAudio,
+    QueueFull,
+    ServiceError,
+    StorageFull,
+    StoreFull,
+    StoreUnavailable,
+    TooManyJobs,
+    UploadTooSlow,
+)
 from shared.jobs import JobStatus
 from shared.metrics import OUTCOMES, REJECTIONS
 from shared.options import TranscriptionOptions, fingerprint
@@ -61,6 +78,21 @@ def form_schema() -> dict[str, Any]:
     status_code=202,
     response_model=JobAccepted,
     summary="Submit a recording",
+    responses=answers(
+        MalformedUpload,
+        UploadTooSlow,
+        FileTooLarge,
+        NotAudio,
+        MissingFile,
+        EmptyFile,
+        InvalidField,
+        StoreUnavailable,
+        StoreFull,
+        QueueFull,
+        TooManyJobs,
+        AudioMinutesUsed,
+        StorageFull,
+    ),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -77,6 +109,7 @@ async def transcribe(request: Request, response: Response) -> JobAccepted:
     state = state_of(request)
     try:
         accepted = await accept(request, state)
+        audit(request, "job_submitted", accepted.job_id)
     except ServiceError as exc:
         state.metrics.rejected.labels(REJECTIONS.get(exc.code, "invalid")).inc()
         raise
@@ -86,28 +119,30 @@ async def transcribe(request: Request, response: Response) -> JobAccepted:
 
 
 async def accept(request: Request, state: State) -> JobAccepted:
-    settings, storage = state.settings, state.storage
+    settings, storage, caller = state.settings, state.storage, caller_of(request)
     announced = request.headers.get("content-length", "")
-    announced_bytes = int(announced) if announced.isdigit() else 0
-    if announced_bytes > settings.max_file_size_bytes + FORM_OVERHEAD_BYTES:
+    announced_bytes = int(announced) if announced.isdigit() else None
+    if (announced_bytes or 0) > settings.max_file_size_bytes + FORM_OVERHEAD_BYTES:
         raise too_large(settings.max_file_size_bytes)
-    if storage.free_bytes() - announced_bytes < settings.min_free_disk_bytes:
-        raise StorageFull
-    await state.store.admit()
+    await state.admission.before_body(announced_bytes)
 
     job_id = str(uuid4())
     is_kept = False
     try:
-        part = await asyncio.to_thread(storage.begin, job_id)
+        part = await asyncio.to_thread(storage.begin, job_id, announced_bytes or 0)
+        state.admission.reserved()
         upload = await receive(
             request.stream(),
             request.headers.get("content-type", ""),
             part,
             settings.max_file_size_bytes,
+            settings.upload_patience_seconds,
         )
-        manifest = manifest_of(job_id, upload, settings.model_key)
+        manifest = manifest_of(
+            job_id, upload, settings.model_key, caller.name, is_shared=settings.share_results
+        )
         await asyncio.to_thread(storage.keep, manifest)
-        submission = await state.store.submit(manifest)
+        submission = await state.admission.submit(manifest, caller.limits)
         is_kept = submission.outcome != "hit"
     except ClientDisconnect as exc:
         raise MalformedUpload("The connection ended in the middle of the upload.") from exc
@@ -142,18 +177,25 @@ async def accept(request: Request, state: State) -> JobAccepted:
     )
 
 
-def manifest_of(job_id: str, upload: Upload, model_key: str) -> Manifest:
-    """Raises InvalidField naming every field that is wrong."""
+def manifest_of(
+    job_id: str, upload: Upload, model_key: str, owner: str, *, is_shared: bool
+) -> Manifest:
+    """`is_shared`: the transcription may be that of another owner. Raises InvalidField naming every
+    field that is wrong."""
     try:
         options = TranscriptionOptions.model_validate(upload.fields)
     except ValidationError as exc:
         raise InvalidField([_field_problem(dict(error)) for error in exc.errors()]) from exc
     return Manifest(
         job_id=job_id,
-        fingerprint=fingerprint(upload.checksum, options, model_key),
+        fingerprint=fingerprint(
+            upload.checksum, options, model_key, tenant="" if is_shared else owner
+        ),
         checksum=upload.checksum,
         options=options.canonical(),
         model=model_key,
+        size_bytes=upload.size_bytes,
+        owner=owner,
     )
 
 

@@ -6,8 +6,10 @@ after the file. Nothing of a refused or broken upload stays on disk.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from shared.errors import (
     MissingFile,
     NotAudio,
     StorageFull,
+    UploadTooSlow,
 )
 
 WRITE_BYTES = 1024 * 1024  # one hop to a thread for each write, so writes are large
@@ -31,6 +34,7 @@ MAX_FIELDS = 40
 MAX_FIELD_BYTES = 16 * 1024
 FORM_OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + 4096)  # what a form may add to its file
 SNIFF_BYTES = 1024
+SLOWEST_BYTES_PER_SECOND = 1024
 
 
 @dataclass
@@ -148,20 +152,24 @@ def parser_for(content_type: str, form: _Form) -> MultipartParser:
 
 
 async def receive(
-    stream: AsyncIterator[bytes], content_type: str, path: Path, max_file_bytes: int
+    stream: AsyncIterator[bytes],
+    content_type: str,
+    path: Path,
+    max_file_bytes: int,
+    patience_seconds: float = 30,
 ) -> Upload:
     """Writes the form's file to `path` while it arrives.
 
     Raises MalformedUpload, MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField,
-    StorageFull; whoever called removes what was written.
+    StorageFull, UploadTooSlow; whoever called removes what was written.
     """
     form = _Form(max_file_bytes)
     parser = parser_for(content_type, form)
     checksum = hashlib.sha256()
     sniffed = False
     try:
-        async with aiofiles.open(path, "xb") as file:
-            async for chunk in stream:
+        async with aiofiles.open(path, "wb", opener=_keeping_its_place) as file:
+            async for chunk in paced(stream, patience_seconds):
                 parser.write(chunk)
                 if not sniffed and len(form.pending) >= SNIFF_BYTES:
                     refuse_text(form.pending[:SNIFF_BYTES])
@@ -175,6 +183,7 @@ async def receive(
                 refuse_text(form.pending)
             checksum.update(form.pending)
             await file.write(form.pending)
+            await file.truncate()
     except FormParserError as exc:
         raise MalformedUpload(f"The multipart body is damaged: {exc}") from exc
     except OSError as exc:
@@ -188,6 +197,30 @@ async def receive(
     if form.file_bytes == 0:
         raise EmptyFile
     return Upload(checksum.hexdigest(), form.file_bytes, form.fields)
+
+
+def _keeping_its_place(path: str, flags: int) -> int:
+    """Storage.begin may have reserved space for the file."""
+    return os.open(path, flags & ~os.O_TRUNC, 0o600)
+
+
+async def paced(stream: AsyncIterator[bytes], patience_seconds: float) -> AsyncIterator[bytes]:
+    """The chunks. Raises UploadTooSlow when they stop for `patience_seconds`, and soon after that
+    when they drip: a byte now and then would hold its place for ever."""
+    clock = asyncio.get_running_loop().time
+    latest = clock() + patience_seconds
+    while True:
+        try:
+            async with asyncio.timeout_at(latest):
+                chunk = await anext(stream, None)
+        except TimeoutError as exc:
+            raise UploadTooSlow from exc
+        if chunk is None:
+            return
+        yield chunk
+        # What was sent buys time, but never more than the patience at the beginning.
+        latest += len(chunk) / SLOWEST_BYTES_PER_SECOND
+        latest = min(latest, clock() + patience_seconds)
 
 
 _TEXT = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import long, memory, speed
+from bench import backlog, long, memory, speed
 from bench.stage import Row
 
 ROWS = (
@@ -33,6 +33,21 @@ ROWS = (
         ">= 5",
         lambda ratio: ratio >= 5,
         lambda stage: speed.against_the_library(stage, 5, 8, mode="batched", fast="true"),
+    ),
+    Row(
+        "p1",
+        "8 clips of 5 s at once: time on speaches' request path / the service's, same text",
+        ">= 1",
+        lambda ratio: ratio >= 1,
+        lambda stage: speed.against_a_peer(stage, "pool", mode="batched"),
+    ),
+    Row(
+        "p2",
+        "8 clips of 5 s at once: time on whisper-asr-webservice's request path / the service's,"
+        " same text",
+        ">= 1",
+        lambda ratio: ratio >= 1,
+        lambda stage: speed.against_a_peer(stage, "loop", mode="sequential"),
     ),
     Row(
         "m",
@@ -75,6 +90,13 @@ ROWS = (
         "<= 0.4",
         lambda ratio: ratio <= 0.4,
         memory.slots_against_workers,
+    ),
+    Row(
+        "k",
+        "the costliest endpoint's time: 100,000 jobs wait / 100",
+        "<= 1.2",
+        lambda ratio: ratio <= 1.2,
+        backlog.endpoints,
     ),
     Row(
         "mem",

@@ -59,6 +59,28 @@ def against_the_library(stage: Stage, seconds: float, number: int, **options: st
     return measured
 
 
+def against_a_peer(stage: Stage, path: str, **options: str) -> Measured:
+    """Clips that arrive at once. The text must be the same."""
+    files = stage.clips(5, 8)
+    texts: dict[str, list[str]] = {}
+
+    with stage.service() as client, stage.peer(path) as peer:
+
+        def ours() -> None:
+            texts["ours"] = client.transcribe(files, **options)
+
+        def theirs() -> None:
+            texts["theirs"] = peer.transcribe(files)
+
+        measured = compare(
+            timed("its request path", theirs, peer.pids),
+            timed("service", ours, client.pids),
+            stage.pairs,
+        )
+    assert texts["ours"] == texts["theirs"], "the texts differ"
+    return measured
+
+
 def language_detection(stage: Stage) -> Measured:
     files = stage.clips(5, 4)[:1] * 8
     with stage.service() as client:

@@ -10,6 +10,7 @@ import sys
 import time
 import wave
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ import httpx2
 import numpy as np
 
 from bench.pairs import Measured
+from local.ports import free_port
 from local.service import ROOT, Service, allocator
 from tools.demo_model.widen import widen
 
@@ -136,6 +138,20 @@ class Stage:
             service.wait_ready(120)
             yield Client(service)
 
+    @contextmanager
+    def peer(self, path: str) -> Iterator[Peer]:
+        """A server of bench/peers.py."""
+        port = free_port()
+        command = [sys.executable, "-m", "bench.peers", path, str(self.model), str(port)]
+        popen = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **allocator()})
+        peer = Peer(popen.pid, f"http://127.0.0.1:{port}")
+        try:
+            peer.wait_ready()
+            yield peer
+        finally:
+            popen.terminate()
+            popen.wait(30)
+
     def clips(self, seconds: float, number: int) -> list[Path]:
         """Speech in four languages, in turns."""
         whole = {name: np.tile(sound(name), 12) for name in CLIPS} if seconds > 10 else None
@@ -152,6 +168,35 @@ class Stage:
         turn = np.concatenate([sound("quick-brown-fox"), pause])
         samples = np.tile(turn, 1 + int(seconds * RATE) // len(turn))
         return save(self.folder / f"talk-{seconds}.wav", padded(samples, seconds))
+
+
+class Peer:
+    def __init__(self, pid: int, url: str):
+        self._pid = pid
+        self._http = httpx2.Client(base_url=url, timeout=600, trust_env=False)
+
+    def pids(self) -> list[int]:
+        return [self._pid]
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                self._http.get("/").raise_for_status()
+                return
+            except httpx2.TransportError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def transcribe(self, files: list[Path]) -> list[str]:
+        """All at once, as users would."""
+        with ThreadPoolExecutor(len(files)) as callers:
+            return list(callers.map(self._text, files))
+
+    def _text(self, file: Path) -> str:
+        answer = self._http.post("/", files={"file": (file.name, file.read_bytes())})
+        return str(answer.raise_for_status().json()["text"])
 
 
 class Client:

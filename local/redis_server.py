@@ -121,6 +121,20 @@ class RedisServer:
         return path
 
 
+def running_url(data_dir: Path) -> str:
+    """The address of the server that runs below that folder. Raises CannotRun where none does."""
+    path = data_dir.absolute() / "redis" / "redis.conf"
+    try:
+        text = path.read_text()
+    except OSError as exc:
+        raise CannotRun(f"Nothing runs on {data_dir}: start it with `make run`.") from exc
+    settings = dict(re.findall(r'^(port|requirepass) "(.*)"$', text, re.MULTILINE))
+    url = f"redis://:{settings['requirepass']}@127.0.0.1:{settings['port']}/0"
+    if why := why_silent(url):
+        raise CannotRun(f"Nothing runs on {data_dir} ({why}): start it with `make run`.")
+    return url
+
+
 def _quoted(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

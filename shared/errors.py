@@ -5,11 +5,15 @@ ServiceError
 │   ├── InvalidField          a form field has a wrong value (names the field)
 │   ├── MalformedUpload       the body is not a multipart form we can read
 │   ├── MissingFile, EmptyFile, FileTooLarge, NotAudio, UploadTooSlow
+│   ├── Unauthorized, Forbidden   no valid API key, or one that may not do that
 │   ├── JobNotFound, JobExpired
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
 │   ├── StoreUnavailable      Redis does not answer
 │   ├── StoreFull             Redis has no memory to spare
+│   ├── QueueFull             too much waits already
+│   ├── LimitReached          the caller has used what its key allows
+│   │   └── RateLimited, TooManyJobs, AudioMinutesUsed
 │   └── StorageFull           no room for the upload
 ├── MediaError                the file can't be transcribed, however often it is tried
 │   └── UnreadableMedia, NoAudioStream, TruncatedMedia, AudioTooLong, AudioTooShort
@@ -90,6 +94,19 @@ class NotAudio(RequestError):
     code = "unsupported_media"
 
 
+class Unauthorized(RequestError):
+    """No valid API key came with the request. Send one in the header `Authorization: Bearer KEY` \
+or `X-API-Key: KEY`; whoever runs this service makes them."""
+
+    code = "unauthorized"
+
+
+class Forbidden(RequestError):
+    """The API key is valid, but was not made for this."""
+
+    code = "forbidden"
+
+
 class JobNotFound(RequestError):
     """There is no job with this id. Ids are those that POST /transcribe returned."""
 
@@ -142,6 +159,40 @@ class StoreFull(Unavailable):
     """The job store has no memory left for new jobs; those it has are safe. Try again later."""
 
     code = "store_full"
+
+
+class QueueFull(Unavailable):
+    """More work waits than can be done in the time that this server promises; nothing was kept. \
+Try again after the time that Retry-After names."""
+
+    code = "queue_full"
+
+
+class LimitReached(Unavailable):
+    """The API key's limits are reached. Try again after the time that Retry-After names."""
+
+    code = "limit_reached"
+
+
+class RateLimited(LimitReached):
+    """Too many requests, from one address or with one API key. Try again after the time that \
+Retry-After names."""
+
+    code = "rate_limited"
+
+
+class TooManyJobs(LimitReached):
+    """As many jobs of this API key are unfinished as it may have; nothing was kept. Try again \
+after the time that Retry-After names."""
+
+    code = "too_many_jobs"
+
+
+class AudioMinutesUsed(LimitReached):
+    """The API key's minutes of audio for this day (UTC) are used, or held by its unfinished jobs; \
+nothing was kept. Try again after the time that Retry-After names."""
+
+    code = "audio_minutes_used"
 
 
 class StorageFull(Unavailable):

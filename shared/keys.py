@@ -13,9 +13,20 @@ parts                                 zset    for ever           part -> its par
 leases                                zset    for ever           unit of work -> lease end (ms)
 transcripts                           zset    for ever           fingerprint -> its end (ms)
 transcript_sizes                      hash    for ever           fingerprint -> bytes
-counters                              hash    for ever           what happened since the store began
+counters                              hash    for ever           what happened since the beginning;
+                                                                 backlog: weight of what waits
+pace                                  hash    for ever           weight and slot time (ms) of what
+                                                                 was completed lately
 workers                               zset    for ever           worker id -> last heartbeat (ms)
 worker:<worker id>                    string  some heartbeats    what it says of itself, JSON
+api_key:<key id>                      hash    until revoked      an API key: its digest, its name,
+                                                                 what it may
+api_keys                              set     for ever           their ids
+rate:<name>                           string  until it is past   when the next request of who has
+                                                                 this name would be on time (us)
+unfinished:<name>                     hash    while there are    job id -> audio held for it (ms)
+held:<name>                           string  while there are    the sum of these
+audio_used:<name>                     string  to midnight (UTC)  audio transcribed for it (ms)
 
 The prefix is a hash tag, so all keys share one slot. Records of unfinished work have no lifetime:
 they end when the work does. The broker's own keys (the list `transcriptions` and kombu's) are
@@ -34,7 +45,9 @@ LEASES = PREFIX + "leases"
 TRANSCRIPTS = PREFIX + "transcripts"
 TRANSCRIPT_SIZES = PREFIX + "transcript_sizes"
 COUNTERS = PREFIX + "counters"
+PACE = PREFIX + "pace"
 WORKERS = PREFIX + "workers"
+API_KEYS = PREFIX + "api_keys"
 
 
 def job(job_id: str) -> str:
@@ -62,6 +75,27 @@ def worker(worker_id: str) -> str:
     return f"{PREFIX}worker:{worker_id}"
 
 
+def api_key(key_id: str) -> str:
+    return f"{PREFIX}api_key:{key_id}"
+
+
+def rate(name: str) -> str:
+    """`name`: an API key's, who owns what is submitted with it; so below."""
+    return f"{PREFIX}rate:{name}"
+
+
+def unfinished(name: str) -> str:
+    return f"{PREFIX}unfinished:{name}"
+
+
+def held(name: str) -> str:
+    return f"{PREFIX}held:{name}"
+
+
+def audio_used(name: str) -> str:
+    return f"{PREFIX}audio_used:{name}"
+
+
 LUA_PRELUDE = "\n".join(
     [
         f"local {name.upper()} = '{value}'"
@@ -72,10 +106,20 @@ LUA_PRELUDE = "\n".join(
             ("transcripts", TRANSCRIPTS),
             ("transcript_sizes", TRANSCRIPT_SIZES),
             ("counters", COUNTERS),
+            ("pace", PACE),
         ]
     ]
     + [
         f"local function {function.__name__}(id) return '{function('')}' .. id end"
-        for function in (job, transcription, holders, transcript)
+        for function in (
+            job,
+            transcription,
+            holders,
+            transcript,
+            rate,
+            unfinished,
+            held,
+            audio_used,
+        )
     ]
 )

@@ -40,6 +40,7 @@ def configure(level: str) -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # the API logs requests itself
+    logging.getLogger("audit").setLevel(logging.INFO)  # whatever the level of the others
     for name in ("celery.worker.strategy", "celery.app.trace"):  # two lines for each bell
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each bad upload

@@ -31,6 +31,12 @@ REJECTIONS = {
     "store_unavailable": "unavailable",
     "store_full": "unavailable",
     "storage_full": "unavailable",
+    "queue_full": "queue_full",
+    "unauthorized": "unauthorized",
+    "forbidden": "unauthorized",
+    "rate_limited": "limit",
+    "too_many_jobs": "limit",
+    "audio_minutes_used": "limit",
 }
 OUTCOMES = {"new": "miss", "joined": "joined", "hit": "hit"}
 JOB_ERRORS = (

@@ -178,10 +178,12 @@ class TranscriptionOptions(BaseModel):
         return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
 
 
-def fingerprint(checksum: str, options: TranscriptionOptions, model: str) -> str:
+def fingerprint(checksum: str, options: TranscriptionOptions, model: str, tenant: str = "") -> str:
     """The identity of a transcription: the same bytes, options and model give the same hex digest.
 
-    `checksum`: SHA-256 of the upload, hex. `model`: Settings.model_key.
+    `checksum`: SHA-256 of the upload, hex. `model`: Settings.model_key. `tenant`: who shares the
+    transcription with nobody else; '' where all share.
     """
-    identity = json.dumps([checksum, options.canonical(), model, ENGINE_REVISION])
-    return hashlib.sha256(identity.encode()).hexdigest()
+    identity = [checksum, options.canonical(), model, ENGINE_REVISION]
+    text = json.dumps([*identity, tenant] if tenant else identity)
+    return hashlib.sha256(text.encode()).hexdigest()

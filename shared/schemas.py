@@ -80,6 +80,9 @@ class JobView(BaseModel):
     status: JobStatus
     progress: float = Field(description="Share of the audio that is transcribed, 0 to 1.")
     queue_position: int | None = Field(None, description="1 is next; only while queued.")
+    estimated_wait_seconds: float | None = Field(
+        None, description="Until it starts, roughly; only while queued, and once it can be known."
+    )
     deduplicated: bool
     attempts: int = Field(description="How often a worker began it.")
     duration: float | None = Field(None, description="Seconds of audio, once known.")
@@ -98,6 +101,19 @@ class JobResult(Transcript):
 
     job_id: str
     status: JobStatus
+
+
+class VerboseWord(BaseModel):
+    word: str
+    start: float
+    end: float
+
+
+class VerboseTranscript(Transcript):
+    """GET /result/{job_id}, format verbose_json: as OpenAI has it."""
+
+    language: str = Field(description="Name, as `english`.")
+    words: list[VerboseWord] | None = Field(None, description="Only with word_timestamps.")
 
 
 class JobPartial(BaseModel):

@@ -21,6 +21,7 @@ _ALLOWED_OVER_MEMORY = frozenset(
         "cancel",
         "erase",
         "read",
+        "meter",
     }
 )
 

@@ -7,6 +7,7 @@ table to this list.
 from __future__ import annotations
 
 import difflib
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.errors import InvalidSettings
 
 DEMO_MODEL = "demo"
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 SECRETS = Path("/run/secrets")
 
 
@@ -26,6 +28,11 @@ class Device(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
     AUTO = "auto"
+
+
+class Auth(StrEnum):
+    NONE = "none"
+    KEYS = "keys"
 
 
 class ComputeType(StrEnum):
@@ -74,6 +81,18 @@ class Settings(BaseSettings):
         30, gt=0, description="An upload of less than 1 KiB a second is cut off after so long."
     )
     min_free_disk_mb: int = Field(256, ge=0, description="Uploads are refused below this, in MiB.")
+    max_queue_seconds: int = Field(
+        86_400, ge=0, description="Uploads are refused when a new job would wait longer; 0: never."
+    )
+
+    # --- access
+    auth: Auth = Field(Auth.NONE, description="none: whoever reaches the API; keys: API keys.")
+    share_results: bool = Field(
+        False, description="Callers with different keys share the transcript of the same file."
+    )
+    cors_origins: str = Field(
+        "", description="Origins whose pages may read answers, comma-separated, or *."
+    )
 
     # --- processes
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
@@ -144,6 +163,17 @@ class Settings(BaseSettings):
     @classmethod
     def _cpu_list(cls, value: str) -> str:
         parse_cpus(value)
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        origins = parse_origins(value)
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin) and origins != ("*",):
+                raise ValueError(
+                    f"{origin!r} is no origin like https://example.org; or give * alone"
+                )
         return value
 
     @field_validator("redis_url")
@@ -240,6 +270,10 @@ def _with_password(url: str, password: str) -> str:
     if "@" in rest.partition("/")[0] or scheme == "unix":
         return url
     return f"{scheme}://:{quote(password, safe='')}@{rest}"
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    return tuple(origin.strip() for origin in text.split(",") if origin.strip())
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -14,6 +14,7 @@ tells which.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -34,11 +35,21 @@ class Manifest:
     checksum: str  # SHA-256 of the audio, hex
     options: str  # canonical JSON of TranscriptionOptions
     model: str
+    size_bytes: int = 0  # of the audio
+    owner: str = ""  # name of the API key that it was submitted with; '' without keys
 
     @property
-    def identity(self) -> tuple[str, str, str, str, str]:
+    def identity(self) -> tuple[str | int, ...]:
         """In the order of submit.lua's arguments."""
-        return self.job_id, self.fingerprint, self.checksum, self.options, self.model
+        return (
+            self.job_id,
+            self.fingerprint,
+            self.checksum,
+            self.options,
+            self.model,
+            self.size_bytes,
+            self.owner,
+        )
 
 
 class Storage:
@@ -56,10 +67,16 @@ class Storage:
     def audio(self, job_id: str) -> Path:
         return self.folder(job_id) / "audio"
 
-    def begin(self, job_id: str) -> Path:
-        """Makes the job's folder; returns the path to write the arriving bytes to."""
+    def begin(self, job_id: str, size_bytes: int = 0) -> Path:
+        """Makes the job's folder; returns the path to write the arriving bytes to. So many of them
+        have their place on the disk already: no other upload can take it. Raises OSError where
+        there is none."""
         self.folder(job_id).mkdir()
-        return self.folder(job_id) / "audio.part"
+        path = self.folder(job_id) / "audio.part"
+        if size_bytes:
+            with path.open("xb") as file:
+                _allocate(file.fileno(), size_bytes)
+        return path
 
     def keep(self, manifest: Manifest) -> None:
         """Makes an upload durable: audio, manifest and their names are on disk when it returns."""
@@ -141,6 +158,16 @@ class Storage:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
+
+
+def _allocate(descriptor: int, size_bytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except AttributeError:  # macOS
+        return
+    except OSError as exc:
+        if exc.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:  # a file system that can't
+            raise
 
 
 def _sync(path: Path) -> None:

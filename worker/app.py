@@ -48,7 +48,7 @@ def run(settings: Settings) -> int:
     device = model.device_of(settings)
     room = tuning.capacity(settings, device, tuning.usable_cores())
     settings = settings.model_copy(update={"worker_slots": room.slots})
-    loaded = model.load(settings, replicas=room.replicas + room.has_spare, threads=room.threads)
+    loaded = model.load(settings, replicas=room.replicas, threads=room.threads)
     log.info(
         "model is warm",
         extra={
@@ -93,7 +93,6 @@ def run(settings: Settings) -> int:
     engine = Engine(
         loaded,
         replicas=room.replicas,
-        has_spare=room.has_spare,
         max_audio_seconds=settings.max_audio_seconds,
         part_seconds=settings.part_seconds,
         voice_threads=room.replicas * room.threads,

@@ -65,12 +65,17 @@ class WorkerStore:
         self._scripts: dict[str, Script] = {}
         self._loading = threading.Lock()
 
-    def claim(self, *, takes_parts: bool = True) -> Claim | None:
+    def claim(self, *, takes_parts: bool = True, takes_last: bool = True) -> Claim | None:
         """What should run next, now ours; None when nothing is queued. `takes_parts`: also a part
-        of a long recording."""
+        of a long recording. `takes_last`: also what has one attempt left."""
         claim_id = str(uuid4())
         reply = self._run(
-            "claim", claim_id, self.worker_id, self._settings.lease_ms, int(takes_parts)
+            "claim",
+            claim_id,
+            self.worker_id,
+            self._settings.lease_ms,
+            int(takes_parts),
+            0 if takes_last else self._settings.max_attempts,
         )
         return Claim.of(claim_id, reply) if reply else None
 
@@ -147,6 +152,7 @@ class WorkerStore:
             error.message,
             self._settings.retention_ms,
             self._settings.grace_ms,
+            self._settings.lease_ms,
         )
         return requeued, queued, ended
 
@@ -160,6 +166,7 @@ class WorkerStore:
             *manifest.identity,
             self._settings.retention_ms,
             self._settings.grace_ms,
+            "",  # it was accepted before
         )
         return str(outcome)
 

@@ -62,6 +62,7 @@ class Service:
     reaper: Reaper
     metrics: WorkerMetrics
     parts: threading.Semaphore  # how many parts of long recordings may run here at a time
+    last_attempts: threading.Semaphore = field(default_factory=threading.Semaphore)  # see claim.lua
     draining: threading.Event = field(default_factory=threading.Event)
 
 
@@ -83,8 +84,12 @@ def transcribe_next(service: Service) -> Ended | None:
     if service.draining.is_set():
         return None
     takes_parts = service.parts.acquire(blocking=False)
+    takes_last = service.last_attempts.acquire(blocking=False)
     try:
-        claim = service.store.claim(takes_parts=takes_parts)
+        claim = service.store.claim(takes_parts=takes_parts, takes_last=takes_last)
+        if takes_last and not (claim and is_last(service, claim)):
+            service.last_attempts.release()
+            takes_last = False
         return run_claimed(service, claim) if claim else None
     except StoreUnavailable:
         log.warning("no claim: the store is away", extra={"action": "claim_failed"})
@@ -92,6 +97,14 @@ def transcribe_next(service: Service) -> Ended | None:
     finally:
         if takes_parts:
             service.parts.release()
+        if takes_last:
+            service.last_attempts.release()
+            ring(service, 1)  # for another one that was passed over
+
+
+def is_last(service: Service, claim: Claim) -> bool:
+    """It has failed before, and will not be tried again."""
+    return 1 < claim.attempt >= service.settings.max_attempts
 
 
 def run_claimed(service: Service, claim: Claim) -> Ended:

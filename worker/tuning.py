@@ -28,7 +28,6 @@ class Capacity:
     slots: int  # transcriptions at a time
     replicas: int  # calls of the model at a time
     threads: int  # of the CPU, for each replica
-    has_spare: bool  # one replica more, see worker/engine/scheduler.py
 
 
 def capacity(settings: Settings, device: str, cores: int) -> Capacity:
@@ -38,7 +37,6 @@ def capacity(settings: Settings, device: str, cores: int) -> Capacity:
             slots=settings.worker_slots or CUDA_REPLICAS * MAX_BATCH["cuda"],
             replicas=CUDA_REPLICAS,
             threads=settings.cpu_threads or max(1, cores // CUDA_REPLICAS),
-            has_spare=False,  # its calls are short, and share the GPU anyway
         )
     if settings.cpu_threads:
         threads = settings.cpu_threads
@@ -48,7 +46,7 @@ def capacity(settings: Settings, device: str, cores: int) -> Capacity:
         threads = math.ceil(cores / MOST_SLOTS)
     at_once = max(1, cores // threads)
     slots = settings.worker_slots or at_once
-    return Capacity(slots, replicas=min(slots, at_once), threads=threads, has_spare=slots > 1)
+    return Capacity(slots, replicas=min(slots, at_once), threads=threads)
 
 
 def usable_cores() -> int:

@@ -35,11 +35,37 @@ local function parent_of(unit)
   return string.match(unit, '^(.+)#%d+$')
 end
 
+-- What a unit is expected to cost, in bytes of its upload: all that is known before it is decoded.
+-- Joining parts costs nearly nothing.
+local function weight_of(unit)
+  local weight, stage = unpack(redis.call('HMGET', transcription(unit), 'weight', 'stage'))
+  return stage ~= 'join' and tonumber(weight or '0') or 0
+end
+
+-- Into QUEUE or PARTS and out of it, with the weight of what waits in the counter `backlog`.
+local function enqueue(queue, unit, place)
+  if redis.call('ZADD', queue, place, unit) == 1 then count('backlog', weight_of(unit)) end
+end
+
+local function dequeue(queue, unit)
+  if redis.call('ZREM', queue, unit) == 1 then count('backlog', 0 - weight_of(unit)) end
+end
+
+-- Learns from a unit that is completed how long a slot takes for its weight. What is older counts
+-- less and less: half after 14 units.
+local function learn_pace(unit, now)
+  local weight, started = unpack(redis.call('HMGET', transcription(unit), 'weight', 'started_ms'))
+  if not weight or not started then return end
+  local known = redis.call('HMGET', PACE, 'weight', 'ms')
+  redis.call('HSET', PACE, 'weight', digits(tonumber(known[1] or '0') * 0.95 + weight),
+    'ms', digits(tonumber(known[2] or '0') * 0.95 + math.max(1, now - started)))
+end
+
 -- Back to one unit: what the parts did is forgotten.
 local function drop_parts(fp)
   for number = 0, tonumber(redis.call('HGET', transcription(fp), 'parts') or '0') - 1 do
     local unit = part(fp, number)
-    redis.call('ZREM', PARTS, unit)
+    dequeue(PARTS, unit)
     redis.call('ZREM', LEASES, unit)
     redis.call('DEL', transcription(unit), transcript(unit))
   end
@@ -67,31 +93,81 @@ local function facts_of(fp)
   return facts
 end
 
--- Gives one job its terminal status and its lifetime.
-local function end_job(id, now, status, code, message, facts, retention_ms, grace_ms)
-  if redis.call('EXISTS', job(id)) == 0 or redis.call('HEXISTS', job(id), 'status') == 1 then
-    return false
+-- Whose jobs a caller sees: those of its own name; '' sees all. What it doesn't see is not there.
+local function fingerprint_seen_by(name, id)
+  local fp, owner = unpack(redis.call('HMGET', job(id), 'fingerprint', 'owner'))
+  return (name == '' or name == owner) and fp
+end
+
+-- What a named caller has in hand: its unfinished jobs, and the audio that is held for each until it
+-- is known. A job's upload holds what it would be as plain speech (16 kHz, 16 bit).
+local function hold(name, id, bytes)
+  local ms = math.ceil(bytes / 32)
+  redis.call('HSET', unfinished(name), id, ms)
+  redis.call('INCRBY', held(name), ms)
+end
+
+local function let_go(name, id)
+  local ms = redis.call('HGET', unfinished(name), id)
+  if not ms then return end
+  redis.call('HDEL', unfinished(name), id)
+  if redis.call('EXISTS', unfinished(name)) == 0 then
+    redis.call('DEL', held(name))
+  else
+    redis.call('DECRBY', held(name), ms)
   end
+end
+
+local function midnight_after(now)
+  return (math.floor(now / 86400000) + 1) * 86400000
+end
+
+local function charge(name, seconds, now)
+  redis.call('INCRBY', audio_used(name), math.ceil(seconds * 1000))
+  redis.call('PEXPIREAT', audio_used(name), digits(midnight_after(now)))
+end
+
+-- May this caller submit? nil: yes. Else which limit is reached, jobs or audio, and in how many ms it
+-- will not be; 0: when one of its jobs ends. A limit of nil is none.
+local function limit_reached(name, most_jobs, most_audio_ms, now)
+  if most_jobs and redis.call('HLEN', unfinished(name)) >= most_jobs then return 'jobs', 0 end
+  if not most_audio_ms then return end
+  local used = tonumber(redis.call('GET', audio_used(name)) or '0')
+  if used >= most_audio_ms then return 'audio', midnight_after(now) - now end
+  if used + tonumber(redis.call('GET', held(name)) or '0') >= most_audio_ms then
+    return 'audio', 0
+  end
+end
+
+-- Gives one job its terminal status and its lifetime. Returns whether it did, and the job's owner.
+local function end_job(id, now, status, code, message, facts, retention_ms, grace_ms)
+  local fp, ended, owner = unpack(redis.call('HMGET', job(id), 'fingerprint', 'status', 'owner'))
+  if not fp or ended then return false end
+  if owner then let_go(owner, id) end
   redis.call('HSET', job(id), 'status', status, 'finished_ms', digits(now),
     'expires_ms', digits(now + retention_ms), 'error_code', code, 'error_message', message,
     unpack(facts))
   redis.call('PEXPIRE', job(id), digits(retention_ms + grace_ms))
-  return true
+  return true, owner
 end
 
--- Ends a transcription and every job that holds it. Returns the ids of those jobs.
+-- Ends a transcription and every job that holds it. Each of their owners pays once for a transcript.
+-- Returns the ids of those jobs.
 local function end_transcription(fp, now, status, code, message, retention_ms, grace_ms)
-  redis.call('ZREM', QUEUE, fp)
+  dequeue(QUEUE, fp)
   redis.call('ZREM', LEASES, fp)
   redis.call('HSET', transcription(fp), 'status', status, 'finished_ms', digits(now))
   redis.call('HDEL', transcription(fp), 'claim_id')
   drop_parts(fp)
   live_at_least(transcription(fp), retention_ms + grace_ms)
   live_at_least(holders(fp), retention_ms + grace_ms)
-  local ids, facts = redis.call('SMEMBERS', holders(fp)), facts_of(fp)
+  local ids, facts, paid = redis.call('SMEMBERS', holders(fp)), facts_of(fp), {}
   for _, id in ipairs(ids) do
-    if end_job(id, now, status, code, message, facts, retention_ms, grace_ms) then
-      count('jobs_' .. status)
+    local ended, owner = end_job(id, now, status, code, message, facts, retention_ms, grace_ms)
+    if ended then count('jobs_' .. status) end
+    if owner and status == 'completed' and not paid[owner] then
+      charge(owner, redis.call('HGET', transcription(fp), 'duration'), now)
+      paid[owner] = true
     end
   end
   return ids
@@ -108,7 +184,7 @@ local function requeue(unit)
     redis.call('HDEL', transcription(unit), 'started_ms')
   end
   local queued_us = redis.call('HGET', transcription(parent or unit), 'queued_us')
-  redis.call('ZADD', parent and PARTS or QUEUE, queued_us, unit)
+  enqueue(parent and PARTS or QUEUE, unit, queued_us)
 end
 
 -- Removes a transcript and its place in the cache's books.

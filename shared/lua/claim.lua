@@ -2,15 +2,31 @@
 -- This is the one place that decides the order of work. Transcriptions go before parts of long
 -- recordings, the oldest first; every fourth turn for which both wait goes to the parts, so that
 -- neither starves.
+-- A unit that has one attempt left may be what killed its workers, or have died beside it. A worker
+-- runs one such unit at a time, so that the guilty one takes no other with it into quarantine.
 -- ARGV  1 claim id  2 worker id  3 lease ms  4 1 if the worker would take a part
+--       5 attempt limit; 0 if the worker would take a unit that has one attempt left
 -- returns  {} if nothing is queued, else {unit, fields of its transcription, attempts, up to 20
 --          holder ids}
 local FAIR_TURN = 4
-local now = now_ms()
+local FAR = 63 -- how far down a queue is looked
+local now, limit = now_ms(), tonumber(ARGV[5])
+
+local function is_last_attempt(unit)
+  local attempts = tonumber(redis.call('HGET', transcription(unit), 'attempts') or '0')
+  return attempts > 0 and attempts >= limit - 1
+end
+
+local function first_of(queue)
+  if limit == 0 then return redis.call('ZRANGE', queue, 0, 0)[1] end
+  for _, unit in ipairs(redis.call('ZRANGE', queue, 0, FAR)) do
+    if not is_last_attempt(unit) then return unit end
+  end
+end
 
 local function next_unit()
-  local whole = redis.call('ZRANGE', QUEUE, 0, 0)[1]
-  local of_long = ARGV[4] == '1' and redis.call('ZRANGE', PARTS, 0, 0)[1]
+  local whole = first_of(QUEUE)
+  local of_long = ARGV[4] == '1' and first_of(PARTS)
   if of_long and (not whole or redis.call('HINCRBY', COUNTERS, 'turns', 1) % FAIR_TURN == 0) then
     return of_long, PARTS
   end
@@ -26,8 +42,13 @@ end
 
 while true do
   local unit, queue = next_unit()
-  if not unit then return {} end
-  redis.call('ZREM', queue, unit)
+  if not unit then
+    if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', PARTS) == 0 then
+      redis.call('HDEL', COUNTERS, 'backlog')
+    end
+    return {}
+  end
+  dequeue(queue, unit)
   if is_waiting(unit) then
     redis.call('HSET', transcription(unit), 'status', 'processing', 'claim_id', ARGV[1],
       'worker', ARGV[2])

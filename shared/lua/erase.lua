@@ -1,15 +1,17 @@
 -- Erases a finished job, and its transcript when no other live job holds it.
--- ARGV  1 job id
+-- ARGV  1 job id  2 who asks ('' sees all)
 -- returns  unknown | unfinished (nothing changed) | erased
 local id = ARGV[1]
-local fp = redis.call('HGET', job(id), 'fingerprint')
+local fp = fingerprint_seen_by(ARGV[2], id)
 if not fp then return 'unknown' end
 if redis.call('HEXISTS', job(id), 'status') == 0 then return 'unfinished' end
 redis.call('DEL', job(id))
 redis.call('SREM', holders(fp), id)
-for _, other in ipairs(redis.call('SMEMBERS', holders(fp))) do
+local other = redis.call('SRANDMEMBER', holders(fp)) -- one at a time: there may be very many
+while other do
   if redis.call('EXISTS', job(other)) == 1 then return 'erased' end
   redis.call('SREM', holders(fp), other)
+  other = redis.call('SRANDMEMBER', holders(fp))
 end
 if redis.call('HGET', transcription(fp), 'status') == 'completed' then
   drop_transcript(fp)

@@ -9,6 +9,7 @@ local now = now_ms()
 if not owns(ARGV[1], ARGV[2], now) then return {'lost'} end
 redis.call('HSET', transcription(fp), 'duration', ARGV[6], 'model', ARGV[5])
 if status == 'completed' then
+  if redis.call('HEXISTS', transcription(fp), 'stage') == 0 then learn_pace(fp, now) end
   redis.call('SET', transcript(fp), ARGV[4])
   redis.call('HSET', transcription(fp), 'progress', '1')
   redis.call('HSET', TRANSCRIPT_SIZES, fp, #ARGV[4])

@@ -1,6 +1,7 @@
 -- Takes back what dead workers held. A unit of work whose attempts are used up is quarantined: its
--- transcription fails.
--- ARGV  1 attempt limit  2 error code  3 error message  4 retention ms  5 grace ms
+-- transcription fails. A lease can't end later than one that begins now, unless the clock was set
+-- back: then it is cut to that.
+-- ARGV  1 attempt limit  2 error code  3 error message  4 retention ms  5 grace ms  6 lease ms
 -- returns  {requeued count, length of both queues, holder ids of quarantined transcriptions}
 local now = now_ms()
 local requeued, ended = 0, {}
@@ -18,5 +19,9 @@ for _, unit in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', digits(now), '
     count('leases_expired')
     requeued = requeued + 1
   end
+end
+local longest = digits(now + ARGV[6])
+for _, unit in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '(' .. longest, '+inf', 'LIMIT', 0, 100)) do
+  redis.call('ZADD', LEASES, longest, unit)
 end
 return {requeued, redis.call('ZCARD', QUEUE) + redis.call('ZCARD', PARTS), ended}

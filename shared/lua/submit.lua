@@ -1,10 +1,16 @@
 -- A job enters: joins a transcription that is done or in flight, or creates and queues one.
 -- Idempotent on the job id, so a manifest can be resubmitted any number of times.
--- ARGV  1 job id  2 fingerprint  3 checksum  4 options (JSON)  5 model  6 retention ms  7 grace ms
--- returns  {outcome, leader}: outcome is new | joined | hit | exists; leader is the id of another
---          job that holds the same input ('' if none)
-local id, fp = ARGV[1], ARGV[2]
-local retention_ms, grace_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
+-- ARGV  1 job id  2 fingerprint  3 checksum  4 options (JSON)  5 model  6 bytes of the upload
+--       7 owner ('' if nobody has a name)  8 retention ms  9 grace ms
+--       10 the most weight that may wait before it  11, 12 the most jobs and the most audio (ms) of
+--       the owner: limit_reached(). '' is no limit
+-- returns  {outcome, leader, ms}: outcome is new | joined | hit | exists, or (nothing was written)
+--          full | jobs | audio; leader is the id of another job that holds the same input ('' if
+--          none); ms: as limit_reached()
+local LEAST_WEIGHT = 65536 -- the shortest clip costs as much as 30 s of audio
+local id, fp, owner = ARGV[1], ARGV[2], ARGV[7]
+local retention_ms, grace_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
+local most_weight = tonumber(ARGV[10])
 local now = now_ms()
 if redis.call('EXISTS', job(id)) == 1 then return {'exists', ''} end
 
@@ -17,8 +23,21 @@ elseif status == 'completed' and redis.call('EXISTS', transcript(fp)) == 1
   outcome = 'hit'
 end
 
+if outcome ~= 'hit' and owner ~= '' then
+  local limit, ms = limit_reached(owner, tonumber(ARGV[11]), tonumber(ARGV[12]), now)
+  if limit then return {limit, '', ms} end
+end
+if outcome == 'new' and most_weight
+    and tonumber(redis.call('HGET', COUNTERS, 'backlog') or '0') > most_weight then
+  return {'full', ''}
+end
+
 local leader = outcome == 'joined' and redis.call('SRANDMEMBER', holders(fp)) or ''
 redis.call('HSET', job(id), 'fingerprint', fp, 'submitted_ms', digits(now), 'outcome', outcome)
+if owner ~= '' then
+  redis.call('HSET', job(id), 'owner', owner)
+  if outcome ~= 'hit' then hold(owner, id, ARGV[6]) end
+end
 count('jobs_submitted')
 count('submit_' .. outcome)
 
@@ -27,8 +46,9 @@ if outcome == 'new' then
   drop_transcript(fp)
   local queued_us = digits(now_us())
   redis.call('HSET', transcription(fp), 'status', 'queued', 'checksum', ARGV[3], 'options', ARGV[4],
-    'model', ARGV[5], 'queued_us', queued_us, 'attempts', '0', 'handbacks', '0', 'progress', '0')
-  redis.call('ZADD', QUEUE, queued_us, fp)
+    'model', ARGV[5], 'queued_us', queued_us, 'attempts', '0', 'handbacks', '0', 'progress', '0',
+    'weight', digits(math.max(LEAST_WEIGHT, tonumber(ARGV[6]))))
+  enqueue(QUEUE, fp, queued_us)
 end
 redis.call('SADD', holders(fp), id)
 if outcome == 'hit' then

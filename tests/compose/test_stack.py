@@ -239,9 +239,8 @@ def test_a_backup_brings_back_results_and_waiting_jobs(stack, tmp_path):
         assert stack.wait_completed(job).strip() == FOX_WORDS
 
 
-def test_the_api_is_replaced_without_a_failed_read(stack, load):
-    """New replicas first, then the old ones go, as DEPLOYMENT.md says. An upload may meet the
-    moment in which its replica closes; everything else must not notice."""
+def test_the_api_is_replaced_without_a_failed_request(stack, load):
+    """New replicas first, then the old ones go, as DEPLOYMENT.md says. Nobody notices."""
     old = stack.containers("api")
     stack.compose("up", "-d", "--no-deps", "--no-recreate", "--scale=api=4", "api")
     stack.wait_healthy()
@@ -250,8 +249,7 @@ def test_the_api_is_replaced_without_a_failed_read(stack, load):
     stack.compose("up", "-d", *stack.services)
     stack.wait_healthy()
     load.wait_for(5)
-    assert [failure for failure in load.failures if not failure.startswith("POST")] == []
-    assert len(load.failures) <= 1, load.failures
+    assert load.failures == []
 
 
 def test_https_with_the_tls_file(tmp_path):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Puts an nginx that knows `resolve` in an upstream block (1.27.3 or newer) on PATH, for the tests.
+# Puts an nginx that knows `resolve` in an upstream block (1.27.4 or newer) on PATH, for the tests.
 #
 # Debian 12 has 1.22. This takes the one of Debian 14 together with its own C library, unpacks both
 # into a folder of their own and writes a wrapper. The system's packages are not touched.
 # Needs root and apt-get; does nothing where such an nginx is there already.
 set -euo pipefail
 
-NEEDED=1.27.3
+NEEDED=1.27.4
 RELEASE=forky
 HOME_OF_NGINX=${1:-/opt/nginx-tests}
 WRAPPER=${2:-/usr/local/bin/nginx}

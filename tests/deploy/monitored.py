@@ -86,7 +86,9 @@ def exported() -> frozenset[str]:
     """Every series that our code exports, histograms with their suffixes."""
     names: set[str] = set()
     of_store = CollectorRegistry()
-    of_store.register(monitoring._FromStore(Snapshot(1, 1.0, 1, {}, ()), ROOT))
+    of_store.register(
+        monitoring._FromStore(Snapshot(1, 1.0, 1, {}, (), slots=1, slot_seconds=1.0), ROOT)
+    )
     registry = CollectorRegistry()
     metrics.ApiMetrics(registry)
     metrics.build_info(registry)

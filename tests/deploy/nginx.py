@@ -24,7 +24,7 @@ from tests.conftest import ROOT, free_port, wait_until
 
 COMPOSE = ROOT / "docker-compose.yml"
 FILES = ROOT / "deploy" / "nginx"
-OLDEST = (1, 27, 3)  # the first that knows `resolve` in an upstream block without a licence
+OLDEST = (1, 27, 4)  # the first with keepalive_min_timeout; `resolve` upstream is one older
 
 
 def program() -> str:
@@ -35,7 +35,7 @@ def program() -> str:
     text = subprocess.run([found, "-v"], capture_output=True, text=True, check=True).stderr
     version = tuple(int(part) for part in text.rpartition("nginx/")[2].split()[0].split("."))
     if version < OLDEST:
-        pytest.skip(f"nginx is {text.strip()}; the configuration needs 1.27.3")
+        pytest.skip(f"nginx is {text.strip()}; the configuration needs 1.27.4")
     return found
 
 

@@ -42,6 +42,8 @@ from tests.e2e.conftest import QUICK, Client, variant
 QUIET_WITHOUT_TRAFFIC = "a fresh install that nobody uses yet"
 QUIET_UNDER_LOAD = "a busy service, just below every threshold"
 WITHOUT_DATA = "nothing was ever scraped"
+KEY_FILE = "/tmp/api_key"  # noqa: S108 - in the container, whose /tmp is its own
+SECRET_FILE = "/run/secrets/prometheus_api_key"
 MISSED = {"WhisperApiDown", "WhisperNoWorkers"}  # they say that something is missing
 
 # What dcgm-exporter would say, from its documentation: no GPU is needed to run the tests.
@@ -71,8 +73,45 @@ def promtool(*arguments: str | Path) -> str:
 # --- The files ------------------------------------------------------------------------------------
 
 
-def test_the_configuration_and_the_rules_are_valid():
-    said = promtool("check", "config", PROMETHEUS / "prometheus.yml")
+def with_key(folder: Path, key: str) -> None:
+    """Does as deploy/prometheus/start.sh, for the configuration in that folder."""
+    path = folder / "prometheus.yml"
+    text = path.read_text()
+    assert text.count(KEY_FILE) == 1
+    path.write_text(text.replace(KEY_FILE, str(folder / "api_key")))
+    (folder / "api_key").write_text(key)
+
+
+def test_the_start_puts_the_key_where_the_configuration_looks_for_it(tmp_path):
+    """The script as it is, with another /tmp and another program to start."""
+    script = (PROMETHEUS / "start.sh").read_text()
+    assert KEY_FILE in script
+    assert SECRET_FILE in script
+    script = script.replace(KEY_FILE, str(tmp_path / "api_key"))
+    script = script.replace(SECRET_FILE, str(tmp_path / "secret")).replace("/bin/prometheus", "env")
+    for environment, secret, wanted in [
+        ({}, None, ""),
+        ({"PROMETHEUS_API_KEY": "of the environment"}, None, "of the environment"),
+        ({"PROMETHEUS_API_KEY": "of the environment"}, "of a file\n", "of a file"),
+    ]:
+        if secret:
+            (tmp_path / "secret").write_text(secret)
+        done = subprocess.run(
+            ["/bin/sh", "-c", script, "start.sh"],
+            env={"PATH": os.environ["PATH"], **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (tmp_path / "api_key").read_text() == wanted
+        assert (tmp_path / "api_key").stat().st_mode & 0o077 == 0
+        assert "PROMETHEUS_API_KEY" not in done.stdout, "Prometheus itself does not see it"
+
+
+def test_the_configuration_and_the_rules_are_valid(tmp_path):
+    shutil.copytree(PROMETHEUS, tmp_path, dirs_exist_ok=True)
+    with_key(tmp_path, "")
+    said = promtool("check", "config", tmp_path / "prometheus.yml")
     assert f"{len(rules('alert'))} rules found" in said
     assert f"{len(rules('record'))} rules found" in said
 
@@ -241,7 +280,7 @@ def answers(client: httpx2.Client, path: str) -> bool:
 
 
 @contextmanager
-def prometheus_of(folder: Path, **targets: list[str]) -> Iterator[httpx2.Client]:
+def prometheus_of(folder: Path, api_key: str = "", **targets: list[str]) -> Iterator[httpx2.Client]:
     """A real Prometheus with the committed configuration, but for two things: it scrapes each
     second, and it is told the addresses that DNS would find (of Flower none: it is not started)."""
     port = free_port()
@@ -253,6 +292,7 @@ def prometheus_of(folder: Path, **targets: list[str]) -> Iterator[httpx2.Client]
         job["static_configs"] = [{"targets": targets.get(job["job_name"], [])}]
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
+    with_key(folder, api_key)
     command = [
         program("prometheus"),
         f"--config.file={path}",
@@ -386,6 +426,34 @@ def test_the_counters_say_what_happened(monitored):
     assert by_result == {"miss": 4, "hit": 2, "joined": 0}
     assert sum(monitored.query('whisper_jobs_rejected_total{reason="empty"}')) == 2
     assert sum(monitored.query("whisper_job_errors_total")) == 2
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_api_is_scraped_with_a_key_where_it_asks_for_one(tmp_path, is_known):
+    with Service.in_folder(tmp_path / "service", {**QUICK, "auth": "keys"}) as service:
+        service.wait_ready(60, "API")
+        key = "fwa_unknown"
+        if is_known:
+            words = ["create", "--name", "prometheus", "--scopes", "metrics"]
+            made = subprocess.run(
+                [sys.executable, "-m", "api.keys", *words],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "REDIS_URL": service.redis_url},
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            key = made.stdout
+        target = service.base_url.removeprefix("http://")
+        with prometheus_of(tmp_path, key, api=[target]) as prometheus:
+            asked = {"query": 'up{job="api"}'}
+
+            def scraped() -> list[Any]:
+                answer = prometheus.get("/api/v1/query", params=asked).json()
+                return list(answer["data"]["result"])
+
+            (up,) = wait_until(scraped, 20, "it was scraped")
+            assert up["value"][1] == ("1" if is_known else "0")
 
 
 def test_redis_memory_is_that_of_the_server(monitored):

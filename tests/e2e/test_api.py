@@ -300,7 +300,14 @@ def test_health_and_stats_tell_the_truth(service, client):
     assert client.http.get("/health/ready").status_code == 200
     stats = client.stats()
     assert stats["workers"][0]["model"] == "demo"
-    assert stats["queue"] == {"queued": 0, "oldest_seconds": 0.0, "processing": 0}
+    assert stats["queue"] == {
+        "queued": 0,
+        "parts": 0,
+        "oldest_seconds": 0.0,
+        "backlog_seconds": 0.0,
+        "wait_seconds": 0.0,
+        "processing": 0,
+    }
 
 
 def test_an_error_of_ours_has_the_shape_of_every_other(start):

@@ -63,7 +63,7 @@ async def test_a_new_job_is_queued_and_rings_one_bell(store, settings, raw):
     first, second = manifest(settings, "a"), manifest(settings, "b")
     assert (await store.submit(first)).outcome == "new"
     assert (await store.submit(second)).outcome == "new"
-    job = await store.read(second.job_id)
+    job = await store.read(second.job_id, "")
     assert (job.status, job.queue_position, job.progress) == (JobStatus.QUEUED, 2, 0.0)
     assert raw.llen(QUEUE_NAME) == 2
 
@@ -81,7 +81,7 @@ async def test_identical_submissions_share_one_run(store, worker, settings, raw)
     ended = complete(worker, settings, claim)
     assert sorted(ended) == sorted(job.job_id for job in [*jobs, late])
     for job in [*jobs, late]:
-        read = await store.read(job.job_id)
+        read = await store.read(job.job_id, "")
         assert read.status is JobStatus.COMPLETED
         assert await store.transcript(read) == TRANSCRIPT
 
@@ -101,7 +101,7 @@ async def test_a_finished_transcription_answers_the_next_one_at_once(store, work
     complete(worker, settings, worker.claim())
     again = manifest(settings)
     assert (await store.submit(again)).outcome == "hit"
-    job = await store.read(again.job_id)
+    job = await store.read(again.job_id, "")
     assert (job.status, job.progress, job.duration) == (JobStatus.COMPLETED, 1.0, 1.5)
     assert worker.claim() is None
 
@@ -140,7 +140,7 @@ async def test_a_claim_whose_lease_ended_can_write_nothing(store, worker, settin
     assert complete(worker, settings, claim) is None
     assert worker.fail(claim, UnreadableMedia()) is None
     assert worker.hand_back(claim) == ("lost", [])
-    assert (await store.read(job.job_id)).status is JobStatus.PROCESSING
+    assert (await store.read(job.job_id, "")).status is JobStatus.PROCESSING
     assert not raw.exists(keys.transcript(job.fingerprint))
 
 
@@ -152,7 +152,7 @@ async def test_an_ended_lease_goes_back_to_its_old_place(store, worker, settings
     await store.submit(second)
     end_lease(raw, claim)
     assert worker.reap()[:2] == (1, 2)
-    assert (await store.read(first.job_id)).queue_position == 1
+    assert (await store.read(first.job_id, "")).queue_position == 1
     assert worker.claim().attempt == 2
 
 
@@ -194,7 +194,7 @@ async def test_a_file_that_kills_its_workers_is_quarantined(store, worker, setti
         ended = worker.reap()[2]
     assert sorted(ended) == sorted(job.job_id for job in jobs)
     assert worker.claim() is None
-    read = await store.read(jobs[0].job_id)
+    read = await store.read(jobs[0].job_id, "")
     assert (read.status, read.error_code) == (JobStatus.FAILED, "worker_lost")
     assert read.error_message
 
@@ -208,7 +208,7 @@ async def test_a_hand_back_burns_no_attempt_but_is_limited(store, worker, settin
         assert claim.attempt == 1
         assert worker.hand_back(claim)[0] == "requeued"
     assert worker.hand_back(worker.claim()) == ("failed", [job.job_id])
-    assert (await store.read(job.job_id)).error_code == "handed_back_too_often"
+    assert (await store.read(job.job_id, "")).error_code == "handed_back_too_often"
 
 
 async def test_an_engine_failure_is_tried_again_and_then_reported(store, worker, settings):
@@ -217,7 +217,7 @@ async def test_an_engine_failure_is_tried_again_and_then_reported(store, worker,
     await store.submit(job)
     replies = [worker.retry(worker.claim(), UnreadableMedia())[0] for _ in range(3)]
     assert replies == ["requeued", "requeued", "failed"]
-    assert (await store.read(job.job_id)).error_code == "unreadable_media"
+    assert (await store.read(job.job_id, "")).error_code == "unreadable_media"
 
 
 async def test_cancelling_one_of_two_jobs_leaves_the_other(store, worker, settings):
@@ -226,18 +226,18 @@ async def test_cancelling_one_of_two_jobs_leaves_the_other(store, worker, settin
     await store.submit(one)
     await store.submit(other)
     claim = worker.claim()
-    assert await store.cancel(one.job_id) == "cancelled"
+    assert await store.cancel(one.job_id, "") == "cancelled"
     assert worker.renew(claim, 0.1) == "ok"
-    assert await store.cancel(other.job_id) == "cancelled"
+    assert await store.cancel(other.job_id, "") == "cancelled"
     assert worker.renew(claim, 0.2) == "cancelled"
     assert complete(worker, settings, claim) is None
-    assert (await store.read(one.job_id)).status is JobStatus.CANCELLED
+    assert (await store.read(one.job_id, "")).status is JobStatus.CANCELLED
 
 
 async def test_a_cancelled_job_in_the_queue_never_runs(store, worker, settings):
     job = manifest(settings)
     await store.submit(job)
-    await store.cancel(job.job_id)
+    await store.cancel(job.job_id, "")
     assert worker.claim() is None
     assert (await store.submit(manifest(settings))).outcome == "new", "it can be submitted again"
 
@@ -250,10 +250,10 @@ async def test_a_failure_stays_with_the_job_that_had_it(store, worker, settings)
     second = manifest(settings)
     assert (await store.submit(second)).outcome == "new"
     complete(worker, settings, worker.claim())
-    told = await store.read(first.job_id)
+    told = await store.read(first.job_id, "")
     assert (told.status, told.duration) == (JobStatus.FAILED, None)
     assert told.started_at <= told.finished_at
-    done = await store.read(second.job_id)
+    done = await store.read(second.job_id, "")
     assert (done.status, done.duration) == (JobStatus.COMPLETED, 1.5)
 
 
@@ -261,17 +261,17 @@ async def test_erasing_takes_the_transcript_with_the_last_job(store, worker, set
     """Deleting erases what nobody else holds."""
     one, other = manifest(settings), manifest(settings)
     await store.submit(one)
-    assert await store.erase(one.job_id) == "unfinished"
+    assert await store.erase(one.job_id, "") == "unfinished"
     complete(worker, settings, worker.claim())
     await store.submit(other)
-    assert await store.erase(one.job_id) == "erased"
+    assert await store.erase(one.job_id, "") == "erased"
     with pytest.raises(JobNotFound):
-        await store.read(one.job_id)
-    assert await store.transcript(await store.read(other.job_id)) == TRANSCRIPT
-    assert await store.erase(other.job_id) == "erased"
+        await store.read(one.job_id, "")
+    assert await store.transcript(await store.read(other.job_id, "")) == TRANSCRIPT
+    assert await store.erase(other.job_id, "") == "erased"
     assert not raw.exists(keys.transcript(one.fingerprint))
     assert raw.hget(keys.COUNTERS, "transcript_bytes") == "0"
-    assert await store.erase(other.job_id) == "unknown"
+    assert await store.erase(other.job_id, "") == "unknown"
 
 
 async def test_an_expired_job_is_known_as_expired(store, worker, settings, raw):
@@ -284,7 +284,7 @@ async def test_an_expired_job_is_known_as_expired(store, worker, settings, raw):
         assert 0 < raw.pttl(key(name)) <= settings.retention_ms + settings.grace_ms
     raw.hset(keys.job(job.job_id), "expires_ms", 1)
     with pytest.raises(JobExpired):
-        await store.read(job.job_id)
+        await store.read(job.job_id, "")
 
 
 async def test_unfinished_work_has_no_lifetime(store, worker, settings, raw):
@@ -306,8 +306,8 @@ async def test_the_transcripts_stay_within_their_budget(store, worker, settings,
     assert worker.evict(10**9) == 0
     assert worker.evict(len(TRANSCRIPT) * 2) == 1
     with pytest.raises(JobExpired):
-        await store.read(jobs[0].job_id)
-    assert (await store.read(jobs[2].job_id)).status is JobStatus.COMPLETED
+        await store.read(jobs[0].job_id, "")
+    assert (await store.read(jobs[2].job_id, "")).status is JobStatus.COMPLETED
     assert raw.hget(keys.COUNTERS, "transcript_bytes") == str(len(TRANSCRIPT) * 2)
 
 
@@ -363,7 +363,7 @@ async def test_every_script_runs_without_flags_too(settings, raw):
     for verb in ("reap", "claim", "evict"):
         text = source(verb, has_flags=False)
         assert not text.startswith("#!")
-        raw.eval(text, 0, *["1", "2", "3", "4", "5"])
+        raw.eval(text, 0, *["1", "2", "3", "4", "5", "6"])
 
 
 async def test_work_that_is_done_can_be_saved_above_maxmemory(store, worker, settings, raw):
@@ -388,7 +388,12 @@ async def test_a_store_that_is_away_is_an_error_of_ours(settings):
     """No answer, no exception of a library: StoreUnavailable, with a time to come back."""
     away = replace_url(settings, f"redis://127.0.0.1:{free_port()}/0")
     store = JobStore(away, celery_app("redis://127.0.0.1:1/0"))
-    for call in (store.admit(), store.read(str(uuid4())), store.snapshot(), store.cancel("x")):
+    for call in (
+        store.admit(),
+        store.read(str(uuid4()), ""),
+        store.snapshot(),
+        store.cancel("x", ""),
+    ):
         with pytest.raises(StoreUnavailable) as caught:
             await call
         assert caught.value.retry_after_seconds

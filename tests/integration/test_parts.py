@@ -66,15 +66,15 @@ async def test_parts_run_once_each_and_the_last_one_calls_for_the_join(
     for claim in (claims[2], claims[0]):
         assert worker.finish_part(claim, f"result {claim.part}") == "ok"
         assert worker.claim() is None
-    job = await store.read(job_id)
+    job = await store.read(job_id, "")
     assert (job.status, job.progress, job.attempts) == (JobStatus.PROCESSING, 0.75, 1)
     assert worker.finish_part(claims[1], "result 1") == "ok"
     join = worker.claim()
     assert (join.part, join.is_join, join.attempt) == (None, True, 1)
     assert worker.part_results(join) == ["result 0", "result 1", "result 2"]
-    assert (await store.read(job_id)).status is JobStatus.PROCESSING
+    assert (await store.read(job_id, "")).status is JobStatus.PROCESSING
     assert worker.complete(join, b"{}", settings.model_key, 1.0) == [job_id]
-    assert (await store.read(job_id)).status is JobStatus.COMPLETED
+    assert (await store.read(job_id, "")).status is JobStatus.COMPLETED
     assert traces(raw) == []
 
 
@@ -100,9 +100,9 @@ async def test_a_worker_may_leave_parts_to_others(store, worker, settings, job_i
 async def test_progress_is_the_sum_of_the_parts(store, worker, job_id):
     first, second = worker.claim(), worker.claim()
     assert worker.renew(first, 0.5) == worker.renew(second, 0.5) == "ok"
-    assert (await store.read(job_id)).progress == pytest.approx(0.375)
+    assert (await store.read(job_id, "")).progress == pytest.approx(0.375)
     assert worker.hand_back(second)[0] == "requeued"
-    assert (await store.read(job_id)).progress == pytest.approx(0.25)
+    assert (await store.read(job_id, "")).progress == pytest.approx(0.25)
 
 
 async def test_a_lost_part_is_repeated_alone(store, worker, raw, job_id):
@@ -116,7 +116,7 @@ async def test_a_lost_part_is_repeated_alone(store, worker, raw, job_id):
     worker.finish_part(claims[2], "two")
     worker.finish_part(again, "one")
     assert worker.part_results(worker.claim()) == ["kept", "one", "two"]
-    assert (await store.read(job_id)).status is JobStatus.PROCESSING
+    assert (await store.read(job_id, "")).status is JobStatus.PROCESSING
 
 
 async def test_a_lost_join_is_repeated_and_the_parts_are_not(store, worker, raw, job_id):
@@ -126,7 +126,7 @@ async def test_a_lost_join_is_repeated_and_the_parts_are_not(store, worker, raw,
     worker.reap()
     join = worker.claim()
     assert (join.is_join, join.attempt) == (True, 2)
-    assert (await store.read(job_id)).progress == 1.0
+    assert (await store.read(job_id, "")).progress == 1.0
 
 
 async def test_a_part_that_kills_its_workers_ends_the_job(store, worker, settings, raw, job_id):
@@ -135,7 +135,7 @@ async def test_a_part_that_kills_its_workers_ends_the_job(store, worker, setting
         end_lease(raw, worker.claim())
         ended = worker.reap()[2]
     assert ended == [job_id]
-    job = await store.read(job_id)
+    job = await store.read(job_id, "")
     assert (job.status, job.error_code) == (JobStatus.FAILED, "worker_lost")
     assert worker.renew(running, 0.5) == "lost"
     assert worker.claim() is None
@@ -144,7 +144,7 @@ async def test_a_part_that_kills_its_workers_ends_the_job(store, worker, setting
 
 async def test_cancelling_stops_all_parts(store, worker, raw, job_id):
     running = worker.claim()
-    assert await store.cancel(job_id) == "cancelled"
+    assert await store.cancel(job_id, "") == "cancelled"
     assert worker.renew(running, 0.5) == "cancelled"
     assert worker.finish_part(running, "late") == "lost"
     assert worker.claim() is None
@@ -169,7 +169,7 @@ async def test_a_recording_whose_part_is_gone_is_planned_anew(store, worker, set
 async def test_a_part_that_fails_takes_its_recording_with_it(store, worker, raw, job_id):
     part, other = worker.claim(), worker.claim()
     assert worker.fail(part, TimeLimit()) == [job_id]
-    job = await store.read(job_id)
+    job = await store.read(job_id, "")
     assert (job.status, job.error_code) == ("failed", "time_limit")
     assert worker.renew(other, 0.5) == "lost"
     assert worker.finish_part(other, "{}") == "lost"

@@ -26,6 +26,7 @@ from shared.errors import (
     AudioTooLong,
     AudioTooShort,
     DecoderUnavailable,
+    MediaError,
     NoAudioStream,
     TruncatedMedia,
     UnreadableMedia,
@@ -33,7 +34,15 @@ from shared.errors import (
 from tests.conftest import FOX, ROOT, alive, wait_until
 from tests.model.media import CODECS, encode, samples_of, tone, video, wav_header
 from worker.engine import ffmpeg
-from worker.engine.decode import Decoder, DecodeServerLost, Limits
+from worker.engine.decode import (
+    Decoder,
+    DecodeServerLost,
+    Limits,
+    _judged,
+    _parsed,
+    _Samples,
+    _verdict,
+)
 
 LIMIT = 3600.0
 QUICK = Limits(cpu_seconds=1, audio_seconds_per_cpu=10**6)
@@ -309,11 +318,14 @@ def errno_of(action):
 
 parent = os.getppid()
 port, victim = int(sys.argv[1]), sys.argv[2]
+ready = socket.socket()
 decode_server.confine(parent)
 print(json.dumps({
     "read": errno_of(lambda: open(victim).close()),
     "write": errno_of(lambda: open(victim + ".new", "w").close()),
-    "connect": errno_of(lambda: socket.create_connection(("127.0.0.1", port)).close()),
+    "connect": errno_of(lambda: ready.connect(("127.0.0.1", port))),
+    "datagram": errno_of(lambda: socket.socket(type=socket.SOCK_DGRAM).close()),
+    "run": errno_of(lambda: os.execv("/bin/true", ["true"])),
     "signal": errno_of(lambda: os.kill(parent, signal.SIGCONT)),
     "status": open(3).read(),
 }))
@@ -343,7 +355,7 @@ def test_a_child_that_is_taken_over_can_open_nothing_and_signal_nobody():
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert {told[what] for what in ("read", "write", "connect")} == {13}  # EACCES
-    assert told["signal"] == 1  # EPERM
+    assert {told[what] for what in ("signal", "datagram", "run")} == {1}  # EPERM
 
 
 # --- Limits ---------------------------------------------------------------------------------------
@@ -617,6 +629,31 @@ def test_nothing_is_left_open_after_many_files(made, tmp_path):
     assert used() == before
     assert resident_mib("self") - ours < 16
     assert resident_mib(server_of(decoder)) - its < 4
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"[" * 5000 + b"\n0 1000",
+        b"[]\n0 1000",
+        b'{"code"\n0 1000',
+        b"\xff\n0 1000",
+        b'{"stated_seconds": 1e999}\n0 1000',
+        b'{"code": [1], "message": {"a": 1}}\n0 1000',
+        b"{}\n-999 1000",
+        b"{}\n0",
+        b"{}\nx y",
+    ],
+)
+def test_a_child_that_is_taken_over_can_say_what_it_likes(answer):
+    """At the most it makes its own file fail."""
+    end = _parsed(answer)
+    if end.exit_code == 0:
+        with pytest.raises(MediaError):
+            _judged(_Samples(10), end.found, allow_partial=False)
+    elif end.exit_code is not None:
+        assert _verdict(end.exit_code)
 
 
 # --- FFmpeg itself --------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_clips_without_end_do_not_starve_a_long_recording(engine, order):
 def roomy(
     engine: Engine, monkeypatch
 ) -> Iterator[tuple[Scheduler, set[int], dict[int, threading.Event]]]:
-    """A scheduler with two replicas and a spare, the windows that run, and what ends each."""
+    """A scheduler with two replicas, the windows that run, and what ends each."""
     running, ends = set(), {n: threading.Event() for n in (*range(10), 1000, 1001)}
 
     def run(self, requests: list[Request]) -> list[Answer]:
@@ -223,19 +223,11 @@ def roomy(
         return [Answer([], 0.0, 0.0, None, 1.0)]
 
     monkeypatch.setattr(scheduler.Scheduler, "_run", run)
-    made = Scheduler(engine.model.whisper, replicas=2, max_batch=1, has_spare=True)
+    made = Scheduler(engine.model.whisper, replicas=2, max_batch=1)
     yield made, running, ends
     for end in ends.values():
         end.set()
     made.close()
-
-
-def test_a_clip_starts_at_once_beside_windows_that_run(engine, roomy):
-    made, running, _ = roomy
-    made.submit("long", [request_of(n, engine) for n in range(10)])
-    wait_until(lambda: running == {0, 1}, 10, "the long one has both replicas, but not the spare")
-    made.submit("clip", [request_of(1000, engine)], is_clip=True)
-    wait_until(lambda: running == {0, 1, 1000}, 10, "the clip runs, too")
 
 
 def test_while_clips_keep_coming_long_recordings_leave_them_a_replica(engine, roomy, monkeypatch):

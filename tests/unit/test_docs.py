@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 import example_client
 from api import docs, formats, monitoring
+from api.admission import Admission
 from api.dependencies import State
 from api.store import Snapshot
 from shared import metrics, schemas
@@ -37,7 +38,14 @@ from tests.conftest import FOX_WORDS, ROOT
 from tests.unit.test_settings import compose_config, env_example, uncommented
 from worker.health import serve
 
-DOCUMENTS = ("README.md", "QUICKSTART.md", "API_DOCS.md", "DEPLOYMENT.md", "CHANGELOG.md")
+DOCUMENTS = (
+    "README.md",
+    "QUICKSTART.md",
+    "API_DOCS.md",
+    "DEPLOYMENT.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+)
 SOURCES = ("api", "worker", "shared", "local")
 FOLDERS = (*SOURCES, "samples", "docs", "tests", "tools", "requirements", "bench", "deploy")
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe0f]")
@@ -307,7 +315,7 @@ class StoreOfOne:
         self.workers = workers
 
     async def snapshot(self) -> Snapshot:
-        return Snapshot(0, 0.0, 0, {}, self.workers)
+        return Snapshot(0, 0.0, 0, {}, self.workers, slots=1, slot_seconds=1.0)
 
 
 async def test_the_examples_of_health_and_stats_have_the_real_shape(tmp_path):
@@ -317,7 +325,10 @@ async def test_the_examples_of_health_and_stats_have_the_real_shape(tmp_path):
     )
     store: Any = StoreOfOne(tuple(stats["workers"]))
     settings = Settings(_env_file=None, data_dir=tmp_path)
-    state = State(settings, store, Storage(tmp_path), ApiMetrics(CollectorRegistry()))
+    storage = Storage(tmp_path)
+    admission = Admission(settings, store, storage)
+    keys: Any = None
+    state = State(settings, store, keys, storage, admission, ApiMetrics(CollectorRegistry()))
     request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=state)))
     assert shape(await monitoring.stats(request)) == shape(stats)
     answer: Any = SimpleNamespace(headers={})
@@ -421,7 +432,7 @@ def test_a_copy_of_env_example_changes_nothing(tmp_path):
 
 def test_every_name_in_capitals_is_a_setting():
     """A setting that is renamed must not live on in a document."""
-    others = {"HF_HOME", "JOB", "PYTHON", "VERBOSE_JSON", *env_example()[1]}
+    others = {"HF_HOME", "JOB", "PYTHON", "VERBOSE_JSON", "WHISPER_API_KEY", *env_example()[1]}
     for path in ours():
         for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", text_of(path)):
             assert name.lower() in Settings.model_fields or name in others, (name_of(path), name)
@@ -502,7 +513,7 @@ def exported() -> Iterator[tuple[str, str, tuple[str, ...]]]:
             suffix = "_total" if collector._type == "counter" else ""
             yield parent + suffix, collector._type, collector._labelnames
     now = datetime.now(UTC).timestamp()
-    snapshot = Snapshot(1, now, 1, {}, ({"warm": True},))
+    snapshot = Snapshot(1, now, 1, {}, ({"warm": True},), slots=1, slot_seconds=1.0)
     for family in monitoring._FromStore(snapshot, ROOT).collect():
         yield family.name, family.type, tuple(family.samples[0].labels)
 

@@ -20,7 +20,7 @@ def settings(**values: int) -> Settings:
     [(1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 8, 1), (9, 4, 2), (16, 8, 2), (31, 7, 4), (64, 8, 8)],
 )
 def test_a_cpu_gets_a_thread_for_each_slot_then_more_threads(cores, slots, threads):
-    assert capacity(settings(), "cpu", cores) == Capacity(slots, slots, threads, slots > 1)
+    assert capacity(settings(), "cpu", cores) == Capacity(slots, slots, threads)
 
 
 @pytest.mark.parametrize("cores", range(1, 257))
@@ -31,26 +31,26 @@ def test_no_core_has_two_threads_and_few_are_idle(cores):
 
 
 def test_set_slots_share_the_cores():
-    assert capacity(settings(worker_slots=1), "cpu", 4) == Capacity(1, 1, 4, False)
-    assert capacity(settings(worker_slots=3), "cpu", 8) == Capacity(3, 3, 2, True)
+    assert capacity(settings(worker_slots=1), "cpu", 4) == Capacity(1, 1, 4)
+    assert capacity(settings(worker_slots=3), "cpu", 8) == Capacity(3, 3, 2)
 
 
 def test_more_slots_than_cores_share_the_replicas():
-    assert capacity(settings(worker_slots=6), "cpu", 2) == Capacity(6, 2, 1, True)
+    assert capacity(settings(worker_slots=6), "cpu", 2) == Capacity(6, 2, 1)
 
 
 def test_set_threads_decide_how_many_slots_there_are():
-    assert capacity(settings(cpu_threads=2), "cpu", 8) == Capacity(4, 4, 2, True)
-    assert capacity(settings(cpu_threads=16), "cpu", 8) == Capacity(1, 1, 16, False)
+    assert capacity(settings(cpu_threads=2), "cpu", 8) == Capacity(4, 4, 2)
+    assert capacity(settings(cpu_threads=16), "cpu", 8) == Capacity(1, 1, 16)
 
 
 def test_what_is_set_is_taken():
-    assert capacity(settings(worker_slots=4, cpu_threads=3), "cpu", 64) == Capacity(4, 4, 3, True)
-    assert capacity(settings(worker_slots=4, cpu_threads=3), "cuda", 64) == Capacity(4, 2, 3, False)
+    assert capacity(settings(worker_slots=4, cpu_threads=3), "cpu", 64) == Capacity(4, 4, 3)
+    assert capacity(settings(worker_slots=4, cpu_threads=3), "cuda", 64) == Capacity(4, 2, 3)
 
 
 def test_a_gpu_gets_slots_for_two_batches():
-    assert capacity(settings(), "cuda", 16) == Capacity(32, 2, 8, False)
+    assert capacity(settings(), "cuda", 16) == Capacity(32, 2, 8)
     assert capacity(settings(), "cuda", 1).threads == 1
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 
 import pytest
 
@@ -15,6 +17,7 @@ from shared.errors import (
     MissingFile,
     NotAudio,
     ServiceError,
+    UploadTooSlow,
 )
 
 TYPE = "multipart/form-data; boundary=xyz"
@@ -105,6 +108,57 @@ async def test_bad_forms_are_refused_with_their_own_error(tmp_path, what):
 async def test_a_body_of_another_type_is_refused(tmp_path, kind):
     with pytest.raises(MalformedUpload):
         await send(form(FILE), tmp_path, kind=kind)
+
+
+async def received_at(pauses: list[float], path, patience_seconds: float):
+    """The form in as many pieces as there are pauses; each pause comes before its piece."""
+    body = form(FILE)
+    step = -(-len(body) // len(pauses))
+
+    async def stream():
+        for number, pause in enumerate(pauses):
+            await asyncio.sleep(pause)
+            yield body[number * step : (number + 1) * step]
+
+    return await receive(stream(), TYPE, path, 10**7, patience_seconds)
+
+
+async def test_an_upload_that_stops_or_drips_is_cut_off(tmp_path):
+    """A stop is as long as the patience; a drip may not buy more than its bytes are worth."""
+    began = time.monotonic()
+    with pytest.raises(UploadTooSlow):
+        await received_at([0, 60], tmp_path / "stops", 0.3)
+    assert time.monotonic() - began < 2
+
+    async def drip():
+        yield b"--xyz\r\n"
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"A"
+
+    began = time.monotonic()
+    with pytest.raises(UploadTooSlow):
+        await receive(drip(), TYPE, tmp_path / "drips", 10**7, 0.3)
+    assert time.monotonic() - began < 2
+
+
+async def test_a_slow_upload_that_goes_on_is_taken(tmp_path):
+    """Five kilobytes in twenty pieces, longer altogether than the patience."""
+    upload = await received_at([0.05] * 20, tmp_path / "slow", 0.5)
+    assert upload.size_bytes == len(AUDIO)
+
+
+async def test_what_has_arrived_is_taken_however_late_we_are(tmp_path):
+    """When the server stood still, its clients were not slow."""
+    body = form(FILE)
+
+    async def stream():
+        for start in range(0, len(body), 1000):
+            time.sleep(0.2)  # noqa: ASYNC251 - the whole loop stands still
+            yield body[start : start + 1000]
+
+    upload = await receive(stream(), TYPE, tmp_path / "late", 10**7, 0.1)
+    assert upload.size_bytes == len(AUDIO)
 
 
 def test_a_full_form_fits_its_allowance():

@@ -53,25 +53,20 @@ class Engine:
         model: LoadedModel,
         *,
         replicas: int,
-        has_spare: bool = False,
         max_audio_seconds: float,
         part_seconds: float = 300,
         voice_threads: int = 1,
         decoder: Decoder | None = None,
     ):
-        """`replicas`: of the model, without the spare. `part_seconds`: speech in a part of a long
-        recording. `voice_threads`: how many look for speech in a long one. `decoder`: one that has
-        started already; the engine closes it."""
+        """`part_seconds`: speech in a part of a long recording. `voice_threads`: how many look for
+        speech in a long one. `decoder`: one that has started already; the engine closes it."""
         self.model = model
         self._decoder = decoder or Decoder()
         self._detector = VoiceDetector(voice_threads)
         self._max_audio_seconds = max_audio_seconds
         self._part_seconds = part_seconds
         self._scheduler = Scheduler(
-            model.whisper,
-            replicas=replicas,
-            max_batch=MAX_BATCH[model.device],
-            has_spare=has_spare,
+            model.whisper, replicas=replicas, max_batch=MAX_BATCH[model.device]
         )
 
     def close(self) -> None:

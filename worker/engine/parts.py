@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import io
 import zipfile
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from worker.engine.decode import SAMPLE_RATE
 from worker.engine.speech import Stretch, Window
 from worker.engine.transcript import Heard, transcript_of
 
+SMALLER = 4  # pieces of each of the last two parts
 FULL_SCALE = 32768  # decoded samples are 16 bits, so this way and back changes nothing
 
 
@@ -112,14 +114,18 @@ def cut(
     *,
     looks_back: bool = False,
 ) -> list[Part]:
-    """As even as windows allow, about so long each; one part when it would not be two."""
+    """About so long each, as even as windows allow; the last two in SMALLER pieces, so that workers
+    which share a recording end together. One part when it would not be two."""
     total = sum(window.duration for window in windows)
     number = max(1, int(total / seconds))
-    groups: list[list[Window]] = [[]]
-    for window in windows:
-        if groups[-1] and window.offset + window.duration / 2 > total * len(groups) / number:
-            groups.append([])
-        groups[-1].append(window)
+    even = total / number
+    ends = [even * n for n in range(1, number - 2)]
+    ends += [even * (number - 2 + n / SMALLER) for n in range(2 * SMALLER) if number > 1]
+
+    def place(window: Window) -> int:
+        return bisect(ends, window.offset + window.duration / 2)
+
+    groups = [list(group) for _, group in groupby(windows, place)] or [[]]
     parts = [Part(groups[0], stretches)]
     for before, group in pairwise(groups):
         look = before[-1:] if looks_back else []

@@ -5,10 +5,8 @@ joins them, up to `max_batch`. Who has had the least goes first, so a clip never
 recording, and long ones share evenly; every fourth turn goes to who came first, so that clips can't
 starve a long recording.
 
-A window that runs can't be stopped, so turns alone would leave a clip waiting for one. Two things
-keep room for clips. There may be a spare replica, which longer recordings leave free: a clip starts
-at once, beside the windows that run. And while clips keep coming, longer recordings leave them one
-replica more, where that is not the last.
+A window that runs can't be stopped, so turns alone would let every clip wait for one. While clips
+keep coming, longer recordings leave a replica free for them, unless it is the only one.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from numpy.typing import NDArray
 
 FAIR_TURN = 4
 CLIP_WINDOWS = 2  # at most
-YIELD_SECONDS = 2.0  # how long room is kept after a clip
+YIELD_SECONDS = 5.0  # how long room is kept after a clip
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,14 @@ class Closed(Exception):
 
 
 class Scheduler:
-    """Owns the threads that call the model, one for each replica of it and one for a spare."""
+    """Owns the threads that call the model, one for each replica of it."""
 
-    def __init__(
-        self, whisper: WhisperModel, *, replicas: int, max_batch: int, has_spare: bool = False
-    ):
+    def __init__(self, whisper: WhisperModel, *, replicas: int, max_batch: int):
         self._whisper = whisper
         self._max_batch = max_batch
         self.capacity = replicas * max_batch  # windows that can run at the same time
         self._lines: dict[object, Line] = {}
         self._replicas = replicas
-        self._has_spare = has_spare
         self._long_calls = 0  # that run now, of recordings that are no clips
         self._clip_left = -inf  # when the last clip ended
         self._turn = 0
@@ -105,7 +100,7 @@ class Scheduler:
         self._is_open = True
         self._threads = [
             threading.Thread(target=self._serve, name=f"model-{n}", daemon=True)
-            for n in range(replicas + has_spare)
+            for n in range(replicas)
         ]
         for thread in self._threads:
             thread.start()
@@ -173,10 +168,8 @@ class Scheduler:
 
     def _has_room(self) -> bool:
         """For one more call of a recording that is no clip."""
-        most = self._replicas
-        if self._has_spare and most > 1 and self._are_clips_coming():
-            most -= 1
-        return self._long_calls < most
+        is_one_kept = self._replicas > 1 and self._are_clips_coming()
+        return self._long_calls < self._replicas - is_one_kept
 
     def _are_clips_coming(self) -> bool:
         is_near = time.monotonic() < self._clip_left + YIELD_SECONDS

@@ -1,0 +1,90 @@
+"""Whether an upload may come in: is there room on the disk, in Redis, and in the queue?
+
+The queue is measured in time: how long would a job that comes now wait? That is the weight of what
+waits (bytes of the uploads: their durations are not known before a worker has decoded them), times
+the time that a slot took for the weight that was completed lately, over the slots of the workers
+that live. While nothing was ever completed, or no worker was ever seen, it is unknown, and the
+queue refuses nobody.
+
+Asked twice. Before the body is read, so that it need not be sent; except a small one, which may be
+of a file that is done or under way, and such an upload is welcome however long the queue is. And in
+shared/lua/submit.lua, in one step with the queueing, so that the limit holds however many uploads
+arrive at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+from api.store import NO_LIMITS, JobStore, Limits, Snapshot, Submission
+from shared.errors import QueueFull, StorageFull
+from shared.settings import Settings
+from shared.storage import Manifest, Storage
+
+READ_ANYWAY_BYTES = 1024 * 1024
+SEEN_SECONDS = 1.0  # how old a look at the store may be
+LEAST_RETRY_SECONDS = 2.0
+MOST_RETRY_SECONDS = 3600.0
+
+
+class Admission:
+    """One for each API process."""
+
+    def __init__(self, settings: Settings, store: JobStore, storage: Storage):
+        self._settings = settings
+        self._store = store
+        self._storage = storage
+        self._look: asyncio.Task[Snapshot] | None = None
+        self._looked_at = 0.0
+
+    async def before_body(self, announced_bytes: int | None) -> None:
+        """Raises StorageFull, StoreUnavailable, StoreFull, QueueFull. None: the length was not
+        announced."""
+        if self._storage.free_bytes() - (announced_bytes or 0) < self._settings.min_free_disk_bytes:
+            raise StorageFull
+        await self._store.admit()
+        if announced_bytes is not None and announced_bytes <= READ_ANYWAY_BYTES:
+            return
+        look, limit = await self.look(), self._settings.max_queue_seconds
+        if limit and (look.wait_seconds or 0) > limit:
+            raise self._refusal(look)
+
+    def reserved(self) -> None:
+        """To be called when the upload has its place on the disk: what is free now is free for
+        all. Raises StorageFull."""
+        if self._storage.free_bytes() < self._settings.min_free_disk_bytes:
+            raise StorageFull
+
+    async def submit(self, manifest: Manifest, limits: Limits = NO_LIMITS) -> Submission:
+        """Raises StoreUnavailable, QueueFull, TooManyJobs, AudioMinutesUsed."""
+        look = await self.look()
+        limit = self._settings.max_queue_seconds
+        most_weight = look.weight_of_wait(limit) if limit else None
+        submission = await self._store.submit(manifest, most_weight, limits)
+        if submission is None:
+            raise self._refusal(look)
+        return submission
+
+    async def look(self) -> Snapshot:
+        """The queue and the workers, about now: all requests of a second share one look."""
+        now = time.monotonic()
+        is_old = now - self._looked_at > SEEN_SECONDS
+        if self._look is None or (self._look.done() and (is_old or self._look.exception())):
+            self._look, self._looked_at = asyncio.create_task(self._store.snapshot()), now
+        return await asyncio.shield(self._look)  # who leaves early takes it from nobody
+
+    def _refusal(self, look: Snapshot) -> QueueFull:
+        return QueueFull(
+            retry_after_seconds=retry_after(
+                look.wait_seconds or 0, self._settings.max_queue_seconds
+            )
+        )
+
+
+def retry_after(wait_seconds: float, limit_seconds: float) -> int:
+    """When the queue will be short enough again, if nobody else comes. Everybody gets another time,
+    or all would come back together."""
+    seconds = max(LEAST_RETRY_SECONDS, wait_seconds - limit_seconds, min(limit_seconds / 20, 60))
+    return max(1, round(min(seconds, MOST_RETRY_SECONDS) * random.uniform(0.8, 1.2)))

@@ -1,0 +1,83 @@
+"""HTTP/1.1 as uvicorn speaks it, with what it lacks: an end to the headers of a request, and errors
+in the shape of all others for what is no request at all."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import uuid4
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from shared.schemas import Problem
+
+HEAD_SECONDS = 10.0  # nginx's own figures (client_header_timeout, large_client_header_buffers)
+HEAD_BYTES = 64 * 1024
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. Where uvicorn waits for the rest of a header for ever and keeps all that
+    comes, this closes it."""
+
+    _head_end: asyncio.TimerHandle | None = None  # while the headers of a request are awaited
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_here()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_end is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_end is None or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > HEAD_BYTES:
+            self.send_400_response(f"The request's header is larger than {HEAD_BYTES} bytes.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what never becomes a request, and closes."""
+        body = Problem(
+            type="/docs/errors#http_error",
+            title="Bad Request",
+            status=400,
+            detail=msg,
+            code="http_error",
+            request_id=str(uuid4()),
+        ).model_dump_json(exclude_defaults=True)
+        lines = [
+            "HTTP/1.1 400 Bad Request",
+            "content-type: application/problem+json",
+            f"content-length: {len(body)}",
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join([*lines, "", body]).encode())
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Who asks for another protocol gets an answer in this one; the log needs no line of it."""
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_end = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _head_is_here(self) -> None:
+        if self._head_end is not None:
+            self._head_end.cancel()
+            self._head_end = None
+
+    def _give_up(self) -> None:
+        """Nobody waits for an answer to half a request."""
+        self._head_end = None
+        self.transport.close()
