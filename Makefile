@@ -8,7 +8,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test compose-test hostile audit bench check format lock clean
+.PHONY: help demo run test compose-test chaos soak hostile audit bench check format lock clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,12 @@ test: $(VENV)/.installed-dev ## install and run the tests
 
 compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compose stack (Docker, port 80)
 	@$(BIN)/python -m pytest tests/compose -m compose -s
+
+chaos: $(VENV)/.installed-dev ## break the running service for SECONDS (300), in an order of SEED; prints a table (root, Linux)
+	@$(BIN)/python -m pytest tests/chaos/test_chaos.py -m chaos -s
+
+soak: $(VENV)/.installed-dev ## steady load for MINUTES (20): memory and descriptors must stay flat
+	@$(BIN)/python -m pytest tests/chaos/test_soak.py -m chaos -s
 
 bench: $(VENV)/.installed-dev ## measure ratios against faster-whisper; writes the README's table (minutes)
 	@$(BIN)/python -m bench

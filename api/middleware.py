@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 from contextlib import suppress
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 30  # nginx's own figures
 LINGER_IDLE_SECONDS = 5
-NOT_AWAITED = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.UNAUTHORIZED})
+STRANGER_BYTES = 64 * 1024
+STRANGER_SECONDS = 2
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
@@ -92,8 +94,9 @@ class Linger:
     """Reads on for a while when the answer comes before the end of an upload, and drops what it
     reads: most clients look for an answer only when they have sent all, and a connection that is
     closed at once takes the answer with it. nginx does the same (lingering_close). Not after an
-    upload that was too slow: who drips would be kept, and that is what the answer ends. And not for
-    strangers, who could send without end; most clients notice the answer all the same."""
+    upload that was too slow: who drips would be kept, and that is what the answer ends. A
+    stranger's large upload is not read either, for it could have no end: there is a moment to
+    notice the answer, no more."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -102,7 +105,7 @@ class Linger:
         if scope["type"] != "http" or scope["method"] in {"GET", "HEAD", "DELETE", "OPTIONS"}:
             await self.app(scope, receive, send)
             return
-        is_read = False
+        is_read = is_strange = False
 
         async def watch() -> Message:
             nonlocal is_read
@@ -111,21 +114,31 @@ class Linger:
             return message
 
         async def answer(message: Message) -> None:
-            nonlocal is_read
+            nonlocal is_read, is_strange
             if message["type"] == "http.response.start" and not is_read:
                 MutableHeaders(scope=message)["Connection"] = "close"
-                is_read = message["status"] in NOT_AWAITED
+                is_read = message["status"] == HTTPStatus.REQUEST_TIMEOUT
+                is_strange = message["status"] == HTTPStatus.UNAUTHORIZED
             if is_read or message["type"] != "http.response.body" or message.get("more_body"):
                 await send(message)
                 return
             await send({**message, "more_body": True})
             with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_SECONDS):
+                    if is_strange and _announced_bytes(scope) > STRANGER_BYTES:
+                        await asyncio.sleep(STRANGER_SECONDS)
+                        is_read = True
                     while not is_read:
                         await asyncio.wait_for(watch(), LINGER_IDLE_SECONDS)
             await send({"type": "http.response.body", "body": b""})
 
         await self.app(scope, watch, answer)
+
+
+def _announced_bytes(scope: Scope) -> float:
+    """Of the body; infinite where its length is not announced."""
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    return int(lengths[0]) if lengths and lengths[0].isdigit() else math.inf
 
 
 def _request_id(scope: Scope) -> str:

@@ -9,14 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
 import httpx2
 import pytest
+import redis
 
+from api.key_store import ApiKey, Scope, digest_of
+from api.store import Limits
 from local.redis_server import find_binary
 from local.service import Service
+from shared import keys
 from tests.conftest import FOX, FOX_WORDS, ROOT, alive, free_port, wait_until
 from tests.e2e.conftest import Client, variant
 
@@ -25,7 +30,11 @@ LOGIN = "canary-flower-33"
 TOKEN = "canary-hub-token-81"
 NAME = "canary-file-name-42.wav"
 PROMPT = "canary prompt 17"
-SECRETS = (PASSWORD, quote(PASSWORD, ""), "canary-redis", LOGIN, TOKEN, NAME, PROMPT, "brown fox")
+KEY = f"fwa_0123456789ab_canary-key-{'k' * 32}"
+SECRETS = (
+    *(PASSWORD, quote(PASSWORD, ""), "canary-redis", LOGIN, TOKEN, NAME, PROMPT, "brown fox"),
+    *(KEY, "canary-key", digest_of(KEY)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,7 @@ def seen(redis_process, flower, tmp_path_factory: pytest.TempPathFactory) -> dic
     environment = {
         "redis_url": redis_process[0],
         "redis_password": PASSWORD,
+        "auth": "keys",
         "HF_TOKEN": TOKEN,
         "log_level": "DEBUG",
         "max_attempts": "1",
@@ -81,6 +91,8 @@ def seen(redis_process, flower, tmp_path_factory: pytest.TempPathFactory) -> dic
     with Service.in_folder(folder, environment) as service:
         service.wait_ready(60)
         client = Client(service)
+        client.http.headers["X-API-Key"] = KEY
+        add_key(service)
         work(client, folder, found)
         found["flower"] = "".join(pages_of(flower[0]))
         pids = [*(service.popen(name).pid for name in ("API", "worker")), redis_process[1].pid]
@@ -100,6 +112,14 @@ def seen(redis_process, flower, tmp_path_factory: pytest.TempPathFactory) -> dic
     found["log"] = log_of(service).decode()
     found["log of Flower"] = flower[1].read_text()
     return found
+
+
+def add_key(service: Service) -> None:
+    limits = Limits(requests=10_000, jobs=100, audio_minutes=100)
+    scopes = frozenset({Scope.ADMIN})
+    key = ApiKey(KEY.split("_")[1], "canary", digest_of(KEY), scopes, limits, datetime.now(UTC))
+    with redis.Redis.from_url(service.redis_url, password=PASSWORD) as raw:
+        raw.hset(keys.api_key(key.key_id), mapping=key.record)
 
 
 def work(client: Client, folder: Path, found: dict[str, str]) -> None:
@@ -122,6 +142,7 @@ def work(client: Client, folder: Path, found: dict[str, str]) -> None:
         client.http.post("/transcribe", **post, data={"beam_size": PASSWORD}),
         client.http.post("/transcribe", **post, data={"initial_prompt": PROMPT + "\0"}),
         client.http.get(f"/status/{done}", headers={"Authorization": f"Bearer {TOKEN}"}),
+        client.http.get(f"/status/{done}", headers={"Authorization": f"Bearer {KEY}X"}),
         client.http.get(f"/nowhere?key={quote(TOKEN)}"),
     ]
     found["error answers"] = "\n".join(answer.text for answer in refused)
@@ -183,3 +204,5 @@ def test_what_was_searched_was_there(seen):
     assert "transcribe" in seen["flower"]
     assert "store_unavailable" in seen["answers without Redis"]
     assert "unsupported_media" in seen["error answers"]
+    assert "unauthorized" in seen["error answers"]
+    assert '"logger": "audit"' in seen["log"]
