@@ -39,11 +39,11 @@ CONTENT_OF_RESULT: dict[str, Any] = {
 }
 
 
-def render(format: Format, job_id: str, stored: bytes) -> Response:
+def render(format: Format, job_id: str, stored: bytes, metadata: str) -> Response:
     """`stored`: the JSON of a shared.schemas.Transcript. As json it is returned untouched, with the
-    job's id and status put before it."""
+    job's id, status and metadata (JSON) put before it."""
     if format is Format.JSON:
-        head = f'{{"job_id":"{job_id}","status":"completed",'.encode()
+        head = f'{{"job_id":"{job_id}","status":"completed","metadata":{metadata},'.encode()
         body = head + stored[1:]
     else:
         body = WRITERS[format](Transcript.model_validate_json(stored)).encode()

@@ -12,8 +12,8 @@ from api import formats
 from api.access import audit, caller_of
 from api.dependencies import state_of
 from api.errors import answers
+from api.intake import links
 from api.store import Snapshot
-from api.transcriptions import links
 from shared.errors import (
     InvalidField,
     JobCancelled,
@@ -35,6 +35,11 @@ from shared.schemas import (
 )
 
 router = APIRouter(tags=["jobs"])
+
+ENDS = {
+    "cancelled": ("cancelled", "The job was cancelled"),
+    "erased": ("deleted", "The job and its result were erased"),
+}
 
 
 def job_id_of(text: str) -> str:
@@ -89,6 +94,8 @@ def view(job: Job, look: Snapshot | None = None) -> JobView:
         queue_position=job.queue_position,
         estimated_wait_seconds=estimated_wait_seconds(job, look),
         deduplicated=job.outcome != "new",
+        metadata=job.options.metadata,
+        priority=job.options.priority,
         attempts=job.attempts,
         duration=job.duration,
         submitted_at=job.submitted_at,
@@ -137,7 +144,8 @@ async def result(
             "Retry-After names.",
             retry_after_seconds=poll_after_seconds(job),
         )
-    return formats.render(format, job.job_id, await store.transcript(job))
+    transcript = await store.transcript(job)
+    return formats.render(format, job.job_id, transcript, job.options.metadata_json)
 
 
 @router.get(
@@ -161,6 +169,7 @@ async def partial(job_id: str, request: Request, response: Response) -> JobParti
     return JobPartial(
         job_id=job.job_id,
         status=job.status,
+        metadata=job.options.metadata,
         progress=job.progress,
         text="".join(segment.text for segment in segments).strip(),
         segments=segments,
@@ -178,16 +187,15 @@ async def delete(job_id: str, request: Request) -> JobEnded:
     state = state_of(request)
     job_id = job_id_of(job_id)
     sees = caller_of(request).sees
-    outcome = await state.store.cancel(job_id, sees)
+    outcome, options = await state.store.cancel(job_id, sees)
     if outcome == "finished":
-        outcome = await state.store.erase(job_id, sees)
+        outcome, options = await state.store.erase(job_id, sees)
     if outcome == "unknown":
         raise JobNotFound
     audit(request, f"job_{outcome}", job_id)
     await asyncio.to_thread(state.storage.remove, job_id)
-    if outcome == "cancelled":
-        return JobEnded(job_id=job_id, status="cancelled", message="The job was cancelled")
-    return JobEnded(job_id=job_id, status="deleted", message="The job and its result were erased")
+    status, message = ENDS[outcome]
+    return JobEnded(job_id=job_id, status=status, message=message, metadata=options.metadata)
 
 
 @router.delete("/job/{job_id}", response_model=JobEnded, include_in_schema=False)

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from math import ceil
 from typing import Any
 
@@ -33,7 +33,8 @@ from shared.errors import (
     StoreUnavailable,
     TooManyJobs,
 )
-from shared.jobs import Job
+from shared.job_options import JobOptions
+from shared.jobs import Job, pairs
 from shared.schemas import Segment
 from shared.scripts import has_script_flags, source
 from shared.settings import Settings
@@ -195,6 +196,7 @@ class JobStore:
             given(most_weight),
             given(limits.jobs),
             given(limits.audio_ms),
+            *chain(*manifest.job_options.items()),
         )
         if outcome == "full":
             return None
@@ -242,16 +244,17 @@ class JobStore:
         ]
         return [Segment.model_validate({**s, "id": n}) for n, s in enumerate(segments)]
 
-    async def cancel(self, job_id: str, seen_by: str) -> str:
-        """unknown | finished | cancelled"""
-        reply = await self._run(
+    async def cancel(self, job_id: str, seen_by: str) -> tuple[str, JobOptions]:
+        """unknown | finished | cancelled, and what the job was told."""
+        outcome, record = await self._run(
             "cancel", job_id, seen_by, self._settings.retention_ms, self._settings.grace_ms
         )
-        return str(reply)
+        return outcome, JobOptions.of(pairs(record))
 
-    async def erase(self, job_id: str, seen_by: str) -> str:
-        """unknown | unfinished | erased"""
-        return str(await self._run("erase", job_id, seen_by))
+    async def erase(self, job_id: str, seen_by: str) -> tuple[str, JobOptions]:
+        """unknown | unfinished | erased, and what the job was told."""
+        outcome, record = await self._run("erase", job_id, seen_by)
+        return outcome, JobOptions.of(pairs(record))
 
     async def snapshot(self) -> Snapshot:
         """Some cheap reads in two round trips, whatever the length of the queue."""

@@ -29,6 +29,7 @@ from enum import StrEnum
 from typing import Any
 
 from shared import keys
+from shared.job_options import JobOptions
 
 
 class JobStatus(StrEnum):
@@ -113,6 +114,7 @@ class Job:
     fingerprint: str
     status: JobStatus
     outcome: str  # what submit did: new | joined | hit
+    options: JobOptions
     progress: float  # share of the audio that is transcribed, 0 to 1
     queue_position: int | None  # 1 is next; None unless queued
     attempts: int  # how often a worker began it
@@ -140,6 +142,7 @@ class Job:
             fingerprint=job["fingerprint"],
             status=status,
             outcome=job["outcome"],
+            options=JobOptions.of(job),
             progress=1.0 if status is JobStatus.COMPLETED else _share(work.get("progress")),
             queue_position=int(rank) + 1 if status is JobStatus.QUEUED and int(rank) >= 0 else None,
             attempts=int(work.get("attempts") or 0),

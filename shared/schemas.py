@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.job_options import Priority
 from shared.jobs import JobStatus
+
+Metadata = Annotated[
+    dict[str, Any], Field(description="The caller's own, as it was submitted; `{}` if it was not.")
+]
 
 
 class Word(BaseModel):
@@ -63,6 +69,8 @@ class JobAccepted(BaseModel):
     deduplicated: bool = Field(
         description="True when the same file with the same options was already done or under way."
     )
+    metadata: Metadata
+    priority: Priority
     links: Links
 
 
@@ -84,6 +92,8 @@ class JobView(BaseModel):
         None, description="Until it starts, roughly; only while queued, and once it can be known."
     )
     deduplicated: bool
+    metadata: Metadata
+    priority: Priority
     attempts: int = Field(description="How often a worker began it.")
     duration: float | None = Field(None, description="Seconds of audio, once known.")
     submitted_at: datetime
@@ -101,6 +111,7 @@ class JobResult(Transcript):
 
     job_id: str
     status: JobStatus
+    metadata: Metadata
 
 
 class VerboseWord(BaseModel):
@@ -121,6 +132,7 @@ class JobPartial(BaseModel):
 
     job_id: str
     status: JobStatus
+    metadata: Metadata
     progress: float = Field(description="Share of the audio that is transcribed, 0 to 1.")
     text: str = Field(description="The beginning, as far as it is done without a gap.")
     segments: list[Segment]
@@ -132,6 +144,7 @@ class JobEnded(BaseModel):
     job_id: str
     status: str = Field(description="cancelled: it was unfinished; deleted: its result is erased.")
     message: str
+    metadata: Metadata
 
 
 class FieldProblem(BaseModel):

@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from uuid import UUID
 
@@ -37,6 +37,7 @@ class Manifest:
     model: str
     size_bytes: int = 0  # of the audio
     owner: str = ""  # name of the API key that it was submitted with; '' without keys
+    job_options: dict[str, str] = field(default_factory=dict)  # JobOptions.record()
 
     @property
     def identity(self) -> tuple[str | int, ...]:

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 from uuid import uuid4
 
@@ -166,7 +167,8 @@ class WorkerStore:
             *manifest.identity,
             self._settings.retention_ms,
             self._settings.grace_ms,
-            "",  # it was accepted before
+            *("", "", ""),  # no limits: it was accepted before
+            *chain(*manifest.job_options.items()),
         )
         return str(outcome)
 

@@ -4,6 +4,7 @@
 --       7 owner ('' if nobody has a name)  8 retention ms  9 grace ms
 --       10 the most weight that may wait before it  11, 12 the most jobs and the most audio (ms) of
 --       the owner: limit_reached(). '' is no limit
+--       13... names and values that the job's record keeps, in turn (shared/job_options.py)
 -- returns  {outcome, leader, ms}: outcome is new | joined | hit | exists, or (nothing was written)
 --          full | jobs | audio; leader is the id of another job that holds the same input ('' if
 --          none); ms: as limit_reached()
@@ -34,6 +35,7 @@ end
 
 local leader = outcome == 'joined' and redis.call('SRANDMEMBER', holders(fp)) or ''
 redis.call('HSET', job(id), 'fingerprint', fp, 'submitted_ms', digits(now), 'outcome', outcome)
+for n = 13, #ARGV, 2 do redis.call('HSET', job(id), ARGV[n], ARGV[n + 1]) end
 if owner ~= '' then
   redis.call('HSET', job(id), 'owner', owner)
   if outcome ~= 'hit' then hold(owner, id, ARGV[6]) end

@@ -65,6 +65,29 @@ def test_form_fields_reach_the_model_as_they_were_sent(client, tmp_path):
     assert result["segments"][0].get("words") is None
 
 
+def test_metadata_comes_back_wherever_the_job_is_shown(client, tmp_path):
+    """Each job has its own, although they share a transcription."""
+    path, mine = (
+        variant(tmp_path / "a.wav", 4),
+        {"order": 17, "who": 'Müller "&<>\u0000', "n": [None]},
+    )
+    first = client.submit(path, metadata=json.dumps(mine), priority="high")
+    assert (first["metadata"], first["priority"]) == (mine, "high")
+    status = client.wait(first["job_id"])
+    assert (status["metadata"], status["priority"]) == (mine, "high")
+    second = client.submit(path, metadata='{"order": 18}')
+    assert (second["status"], second["metadata"], second["priority"]) == (
+        "completed",
+        {"order": 18},
+        "normal",
+    )
+    for job_id, expected in ((first["job_id"], mine), (second["job_id"], {"order": 18})):
+        result = client.http.get(f"/result/{job_id}").json()
+        assert (result["metadata"], result["text"]) == (expected, FOX_WORDS)
+        assert client.http.get(f"/jobs/{job_id}/partial").json()["metadata"] == expected
+        assert client.http.delete(f"/jobs/{job_id}").json()["metadata"] == expected
+
+
 def test_the_same_file_twice_is_one_model_run(service, client, tmp_path):
     path = variant(tmp_path / "a.wav", 2)
     before = completed_runs(service)
@@ -125,6 +148,9 @@ def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, clie
         "wrong value": (post("/transcribe", files=as_file, data={"language": "xx"}), 422),
         "unknown field": (post("/transcribe", files=as_file, data={"langauge": "en"}), 422),
         "out of range": (post("/transcribe", files=as_file, data={"beam_size": "0"}), 422),
+        "no object": (post("/transcribe", files=as_file, data={"metadata": "[]"}), 422),
+        "too deep": (post("/transcribe", files=as_file, data={"metadata": "[" * 9000}), 422),
+        "no priority": (post("/transcribe", files=as_file, data={"priority": "9"}), 422),
         "no multipart": (post("/transcribe", json={"file": "x"}), 400),
     }
     for what, (answer, status) in refused.items():

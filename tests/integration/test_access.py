@@ -221,7 +221,7 @@ async def test_whatever_ends_a_job_makes_room_for_the_next(store, worker, raw, s
     await accepted(manifest("app", "done"))
     run(worker, 1.0)
     job = await accepted(manifest("app"))
-    assert await store.cancel(job.job_id, "app") == "cancelled"
+    assert (await store.cancel(job.job_id, "app"))[0] == "cancelled"
     await accepted(manifest("app"))
     worker.fail(worker.claim(), AudioMinutesUsed())
     job = await accepted(manifest("app"))
@@ -323,14 +323,14 @@ async def test_a_job_of_somebody_else_is_not_there(store, worker):
     for name in ("other", "ap", "app2", "*"):
         with pytest.raises(JobNotFound):
             await store.read(job.job_id, name)
-        assert await store.cancel(job.job_id, name) == "unknown"
-        assert await store.erase(job.job_id, name) == "unknown"
+        assert (await store.cancel(job.job_id, name))[0] == "unknown"
+        assert (await store.erase(job.job_id, name))[0] == "unknown"
     assert (await store.read(job.job_id, "")).status is JobStatus.QUEUED, "an admin sees it"
     run(worker, 1.0)
-    assert await store.erase(job.job_id, "other") == "unknown"
-    assert await store.cancel(job.job_id, "other") == "unknown"
+    assert (await store.erase(job.job_id, "other"))[0] == "unknown"
+    assert (await store.cancel(job.job_id, "other"))[0] == "unknown"
     assert (await store.read(job.job_id, "app")).status is JobStatus.COMPLETED
-    assert await store.erase(job.job_id, "app") == "erased"
+    assert (await store.erase(job.job_id, "app"))[0] == "erased"
 
 
 async def test_a_job_that_nobody_owns_is_for_those_who_see_all(store):

@@ -13,18 +13,21 @@ from api.store import JobStore
 from shared import keys
 from shared.broker import QUEUE_NAME, TASK_NAME, celery_app, doorbell
 from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable, UnreadableMedia
+from shared.job_options import JobOptions, Priority
 from shared.jobs import Claim, JobStatus
 from shared.options import TranscriptionOptions, fingerprint
 from shared.scripts import source
 from shared.settings import Settings
-from shared.storage import Manifest
+from shared.storage import Manifest, Storage
 from tests.conftest import free_port
 from worker.store import WorkerStore
 
 TRANSCRIPT = b'{"text":"hello"}'
 
 
-def manifest(settings: Settings, content: str = "a", **options) -> Manifest:
+def manifest(
+    settings: Settings, content: str = "a", job: JobOptions | None = None, **options
+) -> Manifest:
     chosen = TranscriptionOptions(**options)
     return Manifest(
         job_id=str(uuid4()),
@@ -32,6 +35,7 @@ def manifest(settings: Settings, content: str = "a", **options) -> Manifest:
         checksum=content,
         options=chosen.canonical(),
         model=settings.model_key,
+        job_options=job.record() if job else {},
     )
 
 
@@ -226,9 +230,9 @@ async def test_cancelling_one_of_two_jobs_leaves_the_other(store, worker, settin
     await store.submit(one)
     await store.submit(other)
     claim = worker.claim()
-    assert await store.cancel(one.job_id, "") == "cancelled"
+    assert (await store.cancel(one.job_id, ""))[0] == "cancelled"
     assert worker.renew(claim, 0.1) == "ok"
-    assert await store.cancel(other.job_id, "") == "cancelled"
+    assert (await store.cancel(other.job_id, ""))[0] == "cancelled"
     assert worker.renew(claim, 0.2) == "cancelled"
     assert complete(worker, settings, claim) is None
     assert (await store.read(one.job_id, "")).status is JobStatus.CANCELLED
@@ -261,17 +265,17 @@ async def test_erasing_takes_the_transcript_with_the_last_job(store, worker, set
     """Deleting erases what nobody else holds."""
     one, other = manifest(settings), manifest(settings)
     await store.submit(one)
-    assert await store.erase(one.job_id, "") == "unfinished"
+    assert (await store.erase(one.job_id, ""))[0] == "unfinished"
     complete(worker, settings, worker.claim())
     await store.submit(other)
-    assert await store.erase(one.job_id, "") == "erased"
+    assert (await store.erase(one.job_id, ""))[0] == "erased"
     with pytest.raises(JobNotFound):
         await store.read(one.job_id, "")
     assert await store.transcript(await store.read(other.job_id, "")) == TRANSCRIPT
-    assert await store.erase(other.job_id, "") == "erased"
+    assert (await store.erase(other.job_id, ""))[0] == "erased"
     assert not raw.exists(keys.transcript(one.fingerprint))
     assert raw.hget(keys.COUNTERS, "transcript_bytes") == "0"
-    assert await store.erase(other.job_id, "") == "unknown"
+    assert (await store.erase(other.job_id, ""))[0] == "unknown"
 
 
 async def test_an_expired_job_is_known_as_expired(store, worker, settings, raw):
@@ -294,6 +298,38 @@ async def test_unfinished_work_has_no_lifetime(store, worker, settings, raw):
     assert raw.pttl(keys.job(job.job_id)) == raw.pttl(keys.transcription(job.fingerprint)) == -1
     worker.claim()
     assert raw.pttl(keys.job(job.job_id)) == raw.pttl(keys.transcription(job.fingerprint)) == -1
+
+
+async def test_a_job_keeps_what_it_was_told_to_its_end(store, worker, settings, raw):
+    """However its transcription goes, and although it is part of no fingerprint."""
+    told = JobOptions(metadata={"order": 17, "name": "Müller\0"}, priority=Priority.HIGH)
+    one, other = manifest(settings, job=told), manifest(settings)
+    await store.submit(one)
+    assert (await store.submit(other)).outcome == "joined"
+    for _ in range(2):
+        assert (await store.read(one.job_id, "")).options == told
+        assert (await store.read(other.job_id, "")).options == JobOptions()
+        if claim := worker.claim():
+            complete(worker, settings, claim)
+    assert (await store.cancel(one.job_id, ""))[1] == JobOptions(), "it had ended"
+    assert await store.erase(one.job_id, "") == ("erased", told)
+
+
+async def test_a_job_that_the_store_has_lost_comes_back_as_it_was(store, worker, settings, raw):
+    """From its manifest alone, whatever its age: older ones know nothing of a job's options."""
+    told = JobOptions(metadata={"a": [1, None, "ü"]}, priority=Priority.LOW)
+    lost, storage = manifest(settings, job=told), Storage(settings.data_dir)
+    storage.begin(lost.job_id).write_bytes(b"audio")
+    storage.keep(lost)
+    assert worker.resubmit(storage.manifest(lost.job_id)) == "new"
+    assert (await store.read(lost.job_id, "")).options == told
+    path = storage.folder(lost.job_id) / "manifest.json"
+    fields = json.loads(path.read_bytes())
+    del fields["job_options"]
+    path.write_text(json.dumps(fields))
+    raw.flushall()
+    assert worker.resubmit(storage.manifest(lost.job_id)) == "new"
+    assert (await store.read(lost.job_id, "")).options == JobOptions()
 
 
 async def test_the_transcripts_stay_within_their_budget(store, worker, settings, raw):

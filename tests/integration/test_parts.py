@@ -144,7 +144,7 @@ async def test_a_part_that_kills_its_workers_ends_the_job(store, worker, setting
 
 async def test_cancelling_stops_all_parts(store, worker, raw, job_id):
     running = worker.claim()
-    assert await store.cancel(job_id, "") == "cancelled"
+    assert (await store.cancel(job_id, ""))[0] == "cancelled"
     assert worker.renew(running, 0.5) == "cancelled"
     assert worker.finish_part(running, "late") == "lost"
     assert worker.claim() is None

@@ -28,8 +28,15 @@ import example_client
 from api import docs, formats, monitoring
 from api.admission import Admission
 from api.dependencies import State
+from api.forms import options_of
 from api.store import Snapshot
 from shared import metrics, schemas
+from shared.job_options import (
+    MAX_METADATA_BYTES,
+    MAX_METADATA_DEPTH,
+    JobOptions,
+    Priority,
+)
 from shared.metrics import ApiMetrics, WorkerMetrics
 from shared.options import TranscriptionOptions, VadParameters
 from shared.settings import Settings
@@ -214,6 +221,16 @@ def test_every_form_field_is_documented_with_its_type_range_and_default(model, f
         assert meaning, name
 
 
+def test_every_field_of_the_job_is_documented():
+    documented = rows("API_DOCS.md", "### Fields of the job")
+    assert list(documented) == list(JobOptions.model_fields)
+    assert documented["priority"][1] == ", ".join(f"`{each}`" for each in Priority)
+    for name, value in JobOptions().model_dump(mode="json").items():
+        assert documented[name][2] == f"`{value}`", name
+    assert str(MAX_METADATA_BYTES) in documented["metadata"][3]
+    assert f"{MAX_METADATA_DEPTH} levels" in documented["metadata"][3]
+
+
 def test_the_fields_of_every_answer_are_documented():
     for heading, model in [
         ("## Submit a file", schemas.JobAccepted),
@@ -347,7 +364,7 @@ def shape(value: Any) -> Any:
 def test_every_curl_command_asks_an_endpoint_with_fields_that_exist(routes):
     """Of `make run` on its port, of nginx on its own."""
     ports = {Settings.model_fields["port"].default, None}
-    known = set(TranscriptionOptions.model_fields) | {"file"}
+    known = {*TranscriptionOptions.model_fields, *JobOptions.model_fields, "file"}
     asked = 0
     for name, words in commands():
         if words[0] != "curl":
@@ -367,7 +384,7 @@ def test_every_curl_command_asks_an_endpoint_with_fields_that_exist(routes):
         upload = fields.pop("file", "@README.md")
         assert upload.startswith("@")
         assert (ROOT / upload[1:]).is_file(), (name, words)
-        TranscriptionOptions.model_validate(fields)
+        options_of(fields)
         asked += 1
     assert asked > 10
 
@@ -380,7 +397,7 @@ def test_every_shell_block_is_shell():
 
 def test_every_python_example_uses_the_client_as_it_is():
     """Names, methods and options exist; the seed's own snippet is in the README."""
-    known = set(TranscriptionOptions.model_fields)
+    known = {*TranscriptionOptions.model_fields, *JobOptions.model_fields}
     for path in ours():
         for block in blocks(path, "python"):
             for node in ast.walk(ast.parse(block)):
@@ -403,7 +420,7 @@ def test_the_client_s_command_line_is_as_documented():
             place = words.index("example_client.py")
             arguments = example_client._arguments(words[place + 1 :])
             assert (ROOT / arguments.file).is_file(), name
-            TranscriptionOptions.model_validate(dict(arguments.options))
+            options_of(dict(arguments.options))
 
 
 # --- Settings, metrics, commands ------------------------------------------------------------------

@@ -51,7 +51,7 @@ def stored() -> bytes:
 
 
 def body(format: Format, stored: bytes) -> str:
-    return bytes(render(format, "id-1", stored).body).decode()
+    return bytes(render(format, "id-1", stored, '{"order":17}').body).decode()
 
 
 def test_srt_is_read_back_by_an_independent_parser(stored):
@@ -82,10 +82,11 @@ def test_text_is_a_line_for_each_segment(stored):
     assert body(Format.TEXT, stored).splitlines()[0] == TRICKY
 
 
-def test_json_is_the_stored_transcript_with_the_jobs_id_before_it(stored):
+def test_json_is_the_stored_transcript_with_what_is_the_jobs_before_it(stored):
     value = json.loads(body(Format.JSON, stored))
     assert value.pop("job_id") == "id-1"
     assert value.pop("status") == "completed"
+    assert value.pop("metadata") == {"order": 17}
     assert value == json.loads(stored)
 
 

@@ -1,0 +1,78 @@
+"""The form of POST /transcribe: which fields it has, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from shared.errors import InvalidField
+from shared.job_options import JobOptions
+from shared.options import TranscriptionOptions
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def form_schema() -> dict[str, Any]:
+    """The OpenAPI schema of the form: the file, and every option with its limits."""
+    schema = TranscriptionOptions.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.get("$defs", {})
+    job = JobOptions.model_json_schema()
+    properties = {
+        "file": {
+            "type": "string",
+            "format": "binary",
+            "description": "The recording: any audio or video file that FFmpeg can read.",
+        },
+        **schema["properties"],
+        **job["properties"],
+    }
+    properties["vad_parameters"] = {
+        "type": "string",
+        "description": "JSON object: " + ", ".join(definitions["VadParameters"]["properties"]),
+    }
+    properties["temperature"] = {
+        "type": "string",
+        "default": "0.0,0.2,0.4,0.6,0.8,1.0",
+        "description": properties["temperature"]["description"],
+    }
+    properties["metadata"] = {
+        "type": "string",
+        "description": properties["metadata"]["description"],
+    }
+    properties["priority"] = {
+        **job["$defs"]["Priority"],
+        "default": "normal",
+        "description": properties["priority"]["description"],
+    }
+    return {"type": "object", "required": ["file"], "properties": properties}
+
+
+def options_of(fields: Mapping[str, str]) -> tuple[TranscriptionOptions, JobOptions]:
+    """What the fields ask for. Raises InvalidField naming every field that is wrong."""
+    of_job = {name: value for name, value in fields.items() if name in JobOptions.model_fields}
+    others = {name: value for name, value in fields.items() if name not in of_job}
+    problems: list[tuple[str, str]] = []
+    options = _validated(TranscriptionOptions, others, problems)
+    job = _validated(JobOptions, of_job, problems)
+    if options is None or job is None:
+        raise InvalidField(problems)
+    return options, job
+
+
+def _validated(
+    kind: type[Options], fields: Mapping[str, str], problems: list[tuple[str, str]]
+) -> Options | None:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as exc:
+        problems += [_field_problem(dict(error)) for error in exc.errors()]
+        return None
+
+
+def _field_problem(error: dict[str, Any]) -> tuple[str, str]:
+    field = ".".join(str(part) for part in error["loc"])[:64]
+    if error["type"] == "extra_forbidden":
+        return field, "is not a field of this endpoint; its fields are listed at /docs"
+    return field, str(error["msg"]).removeprefix("Value error, ")
