@@ -17,7 +17,7 @@ import pytest
 
 from local.service import Service
 from shared.broker import QUEUE_NAME, celery_app, doorbell
-from tests.conftest import FOX, FOX_WORDS, wait_until
+from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
 from tests.e2e.conftest import (
     Client,
     completed_runs,
@@ -267,7 +267,7 @@ def spoil(tmp_path: Path) -> Callable[[Service, str, str], Path]:
 def test_a_worker_whose_model_is_broken_ends_and_no_file_is_blamed(start, spoil, tmp_path):
     """One of three: it takes one job, gives it back, and is gone; all complete at their first
     attempt."""
-    service, client = start(PYTHONPATH=str(tmp_path), worker_slots="1")
+    service, client = start(PYTHONPATH=f"{tmp_path}:{ROOT}", worker_slots="1")
     for _ in range(2):
         service.add_worker()
     service.wait_ready(60)
@@ -284,7 +284,7 @@ def test_a_worker_whose_model_is_broken_ends_and_no_file_is_blamed(start, spoil,
 
 def test_a_worker_whose_model_hangs_ends_and_its_job_goes_on(start, spoil, tmp_path):
     """Its heart beats on, so nobody else would notice."""
-    service, client = start(PYTHONPATH=str(tmp_path), worker_slots="1", max_call_seconds="3")
+    service, client = start(PYTHONPATH=f"{tmp_path}:{ROOT}", worker_slots="1", max_call_seconds="3")
     spoil(service, "worker", "hung")
     job = client.submit(**EXACT)["job_id"]
     assert service.popen("worker").wait(60) == 1
