@@ -79,8 +79,8 @@ class World:
             self.network = stack.enter_context(Relay(redis_port))
             for name in WORKERS[1:]:
                 port = self.network.port if name == REMOTE_WORKER else redis_port
-                own = {"redis_url": f"redis://127.0.0.1:{port}/0"}
-                assert self.service.add_worker(own) == name
+                url = self.service.redis_url.replace(f":{redis_port}/", f":{port}/")
+                assert self.service.add_worker({"redis_url": url}) == name
             self._front(stack)
             self.service.wait_ready(90)
             wait_until(lambda: answers(self.url() + "/health/ready"), 15, "nginx knows them")
