@@ -1,5 +1,5 @@
 """The whole service to be broken: nginx where there is one, two API replicas of two processes each,
-three workers, and a Redis, each of which can be hurt alone."""
+three workers, one of them behind a network that can be cut, and a Redis; each can be hurt alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 
 from local.service import Service, answers
 from shared import keys
+from tests.chaos.relay import Relay
 from tests.conftest import alive, wait_until
 from tests.deploy.nginx import Nginx, Resolver
 from tests.deploy.test_drain import ADDRESSES, replicas
@@ -39,6 +41,9 @@ SETTINGS = {
 WORKERS = ("worker", "worker-2", "worker-3")
 REPLICAS = ("API", "API-2")
 UPLOADS_BYTES, REDIS_BYTES = 64 << 20, 256 << 20
+REMOTE_WORKER = WORKERS[-1]
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # of version 1, of version 2
+MEMORY_LIMITS = "memory.limit_in_bytes", "memory.max"
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 CLONE_NEWNS = 0x00020000
 
@@ -55,6 +60,8 @@ class World:
         self._open = ExitStack()
         self._turn = 0
 
+        if os.geteuid() or not any((p / "cgroup.procs").exists() for p in MEMORY_GROUPS):
+            self.missing["memory groups"] = "limiting memory needs root and cgroups"
         if FAKETIME is None:
             self.missing["faketime"] = "no libfaketime on this machine (Debian: faketime)"
 
@@ -68,8 +75,12 @@ class World:
                 self.service.redis_url, decode_responses=True, socket_timeout=5
             )
             stack.callback(self.raw.close)
+            redis_port = urlsplit(self.service.redis_url).port
+            self.network = stack.enter_context(Relay(redis_port))
             for name in WORKERS[1:]:
-                assert self.service.add_worker() == name
+                port = self.network.port if name == REMOTE_WORKER else redis_port
+                url = self.service.redis_url.replace(f":{redis_port}/", f":{port}/")
+                assert self.service.add_worker({"redis_url": url}) == name
             self._front(stack)
             self.service.wait_ready(90)
             wait_until(lambda: answers(self.url() + "/health/ready"), 15, "nginx knows them")
@@ -206,6 +217,25 @@ class World:
                 except OSError:
                     continue
         return ballast
+
+    # --- memory
+
+    @contextmanager
+    def little_memory(self, name: str, size: int) -> Iterator[None]:
+        """What it allocates from here on may be so many bytes; then the kernel kills it."""
+        for parent, limit in zip(MEMORY_GROUPS, MEMORY_LIMITS, strict=True):
+            group = parent / f"whisper-chaos-{os.getpid()}"
+            with suppress(OSError):
+                group.mkdir()
+                (group / limit).write_text(str(size))
+                (group / "cgroup.procs").write_text(str(self.service.popen(name).pid))
+                break
+        try:
+            yield
+        finally:
+            for pid in (group / "cgroup.procs").read_text().split():
+                (parent / "cgroup.procs").write_text(pid)
+            group.rmdir()
 
     # --- clocks
 
