@@ -207,15 +207,11 @@ class World:
     def fill(self, name: str) -> Path:
         """Leaves no room on the file system of `uploads` or `redis`. Unlink it to free that."""
         ballast = self.data / name / "ballast"
-        with ballast.open("wb") as file:
+        with ballast.open("wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):
-                block = bytes(size)
-                try:
-                    while True:
-                        file.write(block)
-                        file.flush()
-                except OSError:
-                    continue
+                with suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
         return ballast
 
     # --- memory
