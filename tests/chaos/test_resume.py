@@ -22,7 +22,7 @@ MOST_COMPUTE = 1.15  # of a run that nothing interrupts
 def test_a_killed_hour_is_resumed_and_not_restarted(tmp_path: Path) -> None:
     """Two workers die: what they did before is not done again, and the text is the same."""
     settings = {"part_seconds": "300", "worker_slots": "1", "max_file_size_mb": "200"}
-    with World(tmp_path, settings) as world:
+    with World(tmp_path, settings, uploads_bytes=1 << 30) as world:
         once = recording()
         hour = recording(times=round(HOUR_SECONDS * 32_000 / len(once.wav)) + 1)
         ledger = Ledger()

@@ -16,11 +16,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 
+from local.redis_server import bundled_binary
 from local.service import Service, answers
 from shared import keys
 from tests.chaos.relay import Relay
@@ -52,11 +54,17 @@ class World:
     """A context manager. Processes are named as in Service. `violations`: promises that were broken
     beside those that the ledger holds."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] = {}):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str] = {},
+        uploads_bytes: int = UPLOADS_BYTES,
+    ):
         self.folder = folder
         self.violations: list[str] = []
         self.missing: dict[str, str] = {}  # what this machine can't do, and why
         self._settings = {**SETTINGS, **settings}
+        self._disks = {"uploads": uploads_bytes, "redis": REDIS_BYTES}
         self._open = ExitStack()
         self._turn = 0
 
@@ -68,6 +76,8 @@ class World:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._mount()
+            # Under libfaketime the allocator of Debian's Redis waits for itself.
+            stack.enter_context(patch("local.service.find_binary", bundled_binary))
             self.service: Service = stack.enter_context(
                 replicas(self.folder / "service", **self._settings)
             )
@@ -127,7 +137,7 @@ class World:
     def _mount(self) -> None:
         """Small file systems, seen by this process and its children alone. They go with the last
         of them."""
-        for name, size in (("uploads", UPLOADS_BYTES), ("redis", REDIS_BYTES)):
+        for name, size in self._disks.items():
             (self.data / name).mkdir(parents=True, mode=0o700)
             mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs"]
             if (
