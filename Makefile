@@ -25,8 +25,8 @@ test: $(VENV)/.installed-dev ## install and run the tests
 compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compose stack (Docker, port 80)
 	@$(BIN)/python -m pytest tests/compose -m compose -s
 
-chaos: $(VENV)/.installed-dev ## break the running service for SECONDS (300), in an order of SEED; prints a table (root, Linux)
-	@$(BIN)/python -m pytest tests/chaos/test_chaos.py -m chaos -s
+chaos: $(VENV)/.installed-dev ## break the running service for SECONDS (300), in an order of SEED (Linux, root)
+	@$(BIN)/python -m pytest tests/chaos/test_chaos.py tests/chaos/test_resume.py -m chaos -s
 
 soak: $(VENV)/.installed-dev ## steady load for MINUTES (20): memory and descriptors must stay flat
 	@$(BIN)/python -m pytest tests/chaos/test_soak.py -m chaos -s

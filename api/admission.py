@@ -68,10 +68,11 @@ class Admission:
         return submission
 
     async def look(self) -> Snapshot:
-        """The queue and the workers, about now: all requests of a second share one look."""
+        """The queue and the workers, about now: all requests of a second share one look, but for
+        one that can't tell yet how long anything takes."""
         now = time.monotonic()
         is_old = now - self._looked_at > SEEN_SECONDS
-        if self._look is None or (self._look.done() and (is_old or self._look.exception())):
+        if self._look is None or (self._look.done() and (is_old or not _tells(self._look))):
             self._look, self._looked_at = asyncio.create_task(self._store.snapshot()), now
         return await asyncio.shield(self._look)  # who leaves early takes it from nobody
 
@@ -81,6 +82,10 @@ class Admission:
                 look.wait_seconds or 0, self._settings.max_queue_seconds
             )
         )
+
+
+def _tells(look: asyncio.Task[Snapshot]) -> bool:
+    return look.exception() is None and look.result().wait_seconds is not None
 
 
 def retry_after(wait_seconds: float, limit_seconds: float) -> int:

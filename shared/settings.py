@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     max_run_seconds: int = Field(
         21_600, ge=1, description="A run of a recording, or of a part of one, is ended after this."
     )
+    max_call_seconds: int = Field(
+        600, ge=1, description="A worker whose model does not answer for so long ends itself."
+    )
     max_handbacks: int = Field(10, ge=1, description="So many drains are too many for one job.")
     reap_interval_seconds: float = Field(
         5, gt=0, description="How often dead leases are looked for."

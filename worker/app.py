@@ -82,14 +82,6 @@ def run(settings: Settings) -> int:
         "warm": True,
         "started_at": time.time(),
     }
-    heartbeat = Heartbeat(
-        store,
-        settings.heartbeat_seconds,
-        settings.max_run_seconds,
-        lambda busy: {**about, "busy": busy},
-        counted.heartbeat.set,
-    )
-    reaper = Reaper(store, storage, settings, lambda kind, n: counted.cleaned.labels(kind).inc(n))
     engine = Engine(
         loaded,
         replicas=room.replicas,
@@ -98,6 +90,15 @@ def run(settings: Settings) -> int:
         voice_threads=room.replicas * room.threads,
         decoder=decoder,
     )
+    heartbeat = Heartbeat(
+        store,
+        settings.heartbeat_seconds,
+        settings.max_run_seconds,
+        lambda busy: {**about, "busy": busy},
+        lambda: engine.longest_call_seconds > settings.max_call_seconds,
+        counted.heartbeat.set,
+    )
+    reaper = Reaper(store, storage, settings, lambda kind, n: counted.cleaned.labels(kind).inc(n))
     # One slot stays free for short recordings, where there is more than one.
     parts = threading.Semaphore(max(1, room.slots - 1))
     service = Service(settings, store, storage, engine, heartbeat, reaper, counted, parts)
@@ -162,7 +163,7 @@ def serve(celery: Celery, service: Service) -> int:
         quiet=True,
     )
     worker.start()
-    return int(worker.exitcode or 0)
+    return int(worker.exitcode or service.is_broken.is_set())
 
 
 def begin_drain(service: Service) -> None:

@@ -7,6 +7,7 @@ A connection error is not a verdict: the run goes on, and the store decides when
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,8 +53,8 @@ class Run:
 
 
 class Heartbeat(threading.Thread):
-    """Beats every `interval_seconds`. `about` describes the worker; `on_beat` gets the time of each
-    report that reached the store."""
+    """Beats every `interval_seconds`. `about` describes the worker; `is_hung` tells that it can do
+    nothing any more; `on_beat` gets the time of each report that reached the store."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Heartbeat(threading.Thread):
         interval_seconds: float,
         max_run_seconds: float,
         about: Callable[[int], dict[str, Any]],
+        is_hung: Callable[[], bool],
         on_beat: Callable[[float], None],
     ):
         super().__init__(name="heartbeat", daemon=True)
@@ -68,6 +70,7 @@ class Heartbeat(threading.Thread):
         self._interval = interval_seconds
         self._max_run_seconds = max_run_seconds
         self._about = about
+        self._is_hung = is_hung
         self._on_beat = on_beat
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
@@ -97,6 +100,9 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         while True:
+            if self._is_hung():
+                log.critical("the model does not return: exiting", extra={"action": "model_hung"})
+                os._exit(1)  # a thread that hangs can't be waited for; the leases end by themselves
             self.beat()
             if self._stopping.wait(self._interval):
                 return

@@ -6,6 +6,8 @@ The bell's hint is ignored on purpose: the claim script hands out what should ru
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +66,7 @@ class Service:
     parts: threading.Semaphore  # how many parts of long recordings may run here at a time
     last_attempts: threading.Semaphore = field(default_factory=threading.Semaphore)  # see claim.lua
     draining: threading.Event = field(default_factory=threading.Event)
+    is_broken: threading.Event = field(default_factory=threading.Event)  # the model of this worker
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Ended:
 
 def transcribe_next(service: Service) -> Ended | None:
     """Runs what should run next; returns at once when there is nothing."""
-    if service.draining.is_set():
+    if service.draining.is_set() or service.is_broken.is_set():
         return None
     takes_parts = service.parts.acquire(blocking=False)
     takes_last = service.last_attempts.acquire(blocking=False)
@@ -161,8 +164,23 @@ def work(service: Service, claim: Claim, run: Run) -> str:
         return "lost"
     except Exception:
         log.exception("the engine failed", extra={"action": "engine_failed"})
+        if not is_model_well(service):
+            return hand_back(service, claim)
         return retry(service, claim)
     return complete(service, claim, transcript, holder)
+
+
+def is_model_well(service: Service) -> bool:
+    """Else this worker takes no more, and ends: a new process gets a new model."""
+    try:
+        service.engine.check()
+    except Exception:
+        if not service.is_broken.is_set():
+            service.is_broken.set()
+            log.exception("the model is broken: exiting", extra={"action": "model_broken"})
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+    return True
 
 
 def find_holder(service: Service, claim: Claim) -> str:

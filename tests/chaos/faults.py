@@ -19,6 +19,7 @@ from shared.broker import QUEUE_NAME
 from tests.chaos.ledger import Ledger, Source, User
 from tests.chaos.world import (
     LEASE_SECONDS,
+    REMOTE_WORKER,
     REPLICAS,
     WORKERS,
     World,
@@ -150,6 +151,18 @@ def file_that_kills_its_worker(chaos: Chaos) -> float:
     user.close()
     if deaths != world.service.settings.max_attempts:
         world.violations.append(f"a file was given up after {deaths} deaths")
+    return since
+
+
+@fault(needs="memory groups")
+def worker_out_of_memory(chaos: Chaos) -> float:
+    """The kernel kills it in the middle of a job."""
+    world = chaos.world
+    name = world.busy_worker(chaos.chance)
+    with world.little_memory(name, 4 << 20):
+        wait_until(lambda: world.service.popen(name).poll() is not None, 40, "it is killed")
+    since = time.monotonic()
+    world.revive(name)
     return since
 
 
@@ -329,6 +342,32 @@ def connections_cut(chaos: Chaos) -> float:
             chaos.world.raw.client_kill_filter(_type=kind, skipme=True)
         wait(chaos.chance.uniform(0.2, 0.8))
     return time.monotonic()
+
+
+@fault()
+def network_cut(chaos: Chaos) -> float:
+    """One worker and Redis hear nothing of each other for longer than a lease, and no error."""
+    network = chaos.world.network
+    network.cut()
+    wait(LEASE_SECONDS + chaos.chance.uniform(1, 8))
+    network.heal()
+    return time.monotonic()
+
+
+@fault()
+def network_forgets(chaos: Chaos) -> float:
+    """Connections of one worker that are open for ever, and dead; new ones work."""
+    world = chaos.world
+    world.network.cut()
+    wait(chaos.chance.uniform(0.5, 2))
+    world.network.heal(forgets=True)
+    since = time.monotonic()
+
+    def has_work() -> bool:
+        return bool(world.units_of(REMOTE_WORKER))
+
+    wait_until(has_work, 60, "the worker takes work again")
+    return since
 
 
 # --- disks and clocks

@@ -1,5 +1,5 @@
 """The whole service to be broken: nginx where there is one, two API replicas of two processes each,
-three workers, and a Redis, each of which can be hurt alone."""
+three workers, one of them behind a network that can be cut, and a Redis; each can be hurt alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
+from unittest.mock import patch
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 
+from local.redis_server import bundled_binary
 from local.service import Service, answers
 from shared import keys
+from tests.chaos.relay import Relay
 from tests.conftest import alive, wait_until
 from tests.deploy.nginx import Nginx, Resolver
 from tests.deploy.test_drain import ADDRESSES, replicas
@@ -39,6 +43,9 @@ SETTINGS = {
 WORKERS = ("worker", "worker-2", "worker-3")
 REPLICAS = ("API", "API-2")
 UPLOADS_BYTES, REDIS_BYTES = 64 << 20, 256 << 20
+REMOTE_WORKER = WORKERS[-1]
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # of version 1, of version 2
+MEMORY_LIMITS = "memory.limit_in_bytes", "memory.max"
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 CLONE_NEWNS = 0x00020000
 
@@ -47,20 +54,30 @@ class World:
     """A context manager. Processes are named as in Service. `violations`: promises that were broken
     beside those that the ledger holds."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] = {}):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str] = {},
+        uploads_bytes: int = UPLOADS_BYTES,
+    ):
         self.folder = folder
         self.violations: list[str] = []
         self.missing: dict[str, str] = {}  # what this machine can't do, and why
         self._settings = {**SETTINGS, **settings}
+        self._disks = {"uploads": uploads_bytes, "redis": REDIS_BYTES}
         self._open = ExitStack()
         self._turn = 0
 
+        if os.geteuid() or not any((p / "cgroup.procs").exists() for p in MEMORY_GROUPS):
+            self.missing["memory groups"] = "limiting memory needs root and cgroups"
         if FAKETIME is None:
             self.missing["faketime"] = "no libfaketime on this machine (Debian: faketime)"
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._mount()
+            # Under libfaketime the allocator of Debian's Redis waits for itself.
+            stack.enter_context(patch("local.service.find_binary", bundled_binary))
             self.service: Service = stack.enter_context(
                 replicas(self.folder / "service", **self._settings)
             )
@@ -68,8 +85,12 @@ class World:
                 self.service.redis_url, decode_responses=True, socket_timeout=5
             )
             stack.callback(self.raw.close)
+            redis_port = urlsplit(self.service.redis_url).port
+            self.network = stack.enter_context(Relay(redis_port))
             for name in WORKERS[1:]:
-                assert self.service.add_worker() == name
+                port = self.network.port if name == REMOTE_WORKER else redis_port
+                url = self.service.redis_url.replace(f":{redis_port}/", f":{port}/")
+                assert self.service.add_worker({"redis_url": url}) == name
             self._front(stack)
             self.service.wait_ready(90)
             wait_until(lambda: answers(self.url() + "/health/ready"), 15, "nginx knows them")
@@ -116,7 +137,7 @@ class World:
     def _mount(self) -> None:
         """Small file systems, seen by this process and its children alone. They go with the last
         of them."""
-        for name, size in (("uploads", UPLOADS_BYTES), ("redis", REDIS_BYTES)):
+        for name, size in self._disks.items():
             (self.data / name).mkdir(parents=True, mode=0o700)
             mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs"]
             if (
@@ -196,16 +217,31 @@ class World:
     def fill(self, name: str) -> Path:
         """Leaves no room on the file system of `uploads` or `redis`. Unlink it to free that."""
         ballast = self.data / name / "ballast"
-        with ballast.open("wb") as file:
+        with ballast.open("wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):
-                block = bytes(size)
-                try:
-                    while True:
-                        file.write(block)
-                        file.flush()
-                except OSError:
-                    continue
+                with suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
         return ballast
+
+    # --- memory
+
+    @contextmanager
+    def little_memory(self, name: str, size: int) -> Iterator[None]:
+        """What it allocates from here on may be so many bytes; then the kernel kills it."""
+        for parent, limit in zip(MEMORY_GROUPS, MEMORY_LIMITS, strict=True):
+            group = parent / f"whisper-chaos-{os.getpid()}"
+            with suppress(OSError):
+                group.mkdir()
+                (group / limit).write_text(str(size))
+                (group / "cgroup.procs").write_text(str(self.service.popen(name).pid))
+                break
+        try:
+            yield
+        finally:
+            for pid in (group / "cgroup.procs").read_text().split():
+                (parent / "cgroup.procs").write_text(pid)
+            group.rmdir()
 
     # --- clocks
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import wave
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import httpx2
 import numpy as np
 import pytest
 
+from local.service import Service
 from shared.broker import QUEUE_NAME, celery_app, doorbell
-from tests.conftest import FOX, FOX_WORDS, wait_until
+from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
 from tests.e2e.conftest import (
     Client,
     completed_runs,
@@ -227,6 +229,68 @@ def test_cancelling_stops_the_work_within_a_segment(begun):
 
     wait_until(stopped, 30, "the worker notices")
     client.wait(client.submit()["job_id"])
+
+
+FAULTY_MODEL = """
+import os, sys, time
+
+if sys.orig_argv[-2:] == ["-m", "worker"]:
+    import ctranslate2
+
+    generate = ctranslate2.models.Whisper.generate
+    here = os.path.dirname(__file__)
+
+    def faulty(self, *args, **options):
+        if os.path.exists(f"{here}/broken-{os.getpid()}"):
+            raise RuntimeError("CUDA failed with error an illegal memory access was encountered")
+        while os.path.exists(f"{here}/hung-{os.getpid()}"):
+            time.sleep(0.1)
+        return generate(self, *args, **options)
+
+    ctranslate2.models.Whisper.generate = faulty
+"""
+
+
+@pytest.fixture
+def spoil(tmp_path: Path) -> Callable[[Service, str, str], Path]:
+    """Workers whose model can be spoilt while they run: broken raises at every call, as after an
+    error of a GPU; hung never returns."""
+    (tmp_path / "sitecustomize.py").write_text(FAULTY_MODEL)
+
+    def now(service: Service, worker: str, how: str) -> Path:
+        (flag := tmp_path / f"{how}-{service.popen(worker).pid}").touch()
+        return flag
+
+    return now
+
+
+def test_a_worker_whose_model_is_broken_ends_and_no_file_is_blamed(start, spoil, tmp_path):
+    """One of three: it takes one job, gives it back, and is gone; all complete at their first
+    attempt."""
+    service, client = start(PYTHONPATH=f"{tmp_path}:{ROOT}", worker_slots="1")
+    for _ in range(2):
+        service.add_worker()
+    service.wait_ready(60)
+    spoil(service, "worker", "broken")
+    jobs = [client.submit(variant(tmp_path / f"{n}.wav", n))["job_id"] for n in range(12)]
+    assert service.popen("worker").wait(60) == 1
+    for job in jobs:
+        assert client.wait(job)["attempts"] == 1
+        assert client.text(job) == FOX_WORDS
+    log = (tmp_path / "service-0" / "service.log").read_text()
+    assert log.count('"engine_failed"') == 1
+    assert log.count('"model_broken"') == 1
+
+
+def test_a_worker_whose_model_hangs_ends_and_its_job_goes_on(start, spoil, tmp_path):
+    """Its heart beats on, so nobody else would notice."""
+    service, client = start(PYTHONPATH=f"{tmp_path}:{ROOT}", worker_slots="1", max_call_seconds="3")
+    spoil(service, "worker", "hung")
+    job = client.submit(**EXACT)["job_id"]
+    assert service.popen("worker").wait(60) == 1
+    service.restart("worker")
+    assert client.wait(job, within=60)["attempts"] == 2
+    assert client.text(job) == FOX_WORDS
 
 
 def test_a_file_that_crashes_its_decoder_fails_alone(start, tmp_path):

@@ -59,10 +59,10 @@ def test_overload_is_refused_and_those_let_in_do_not_wait_longer_than_promised(
     note = b"note" + padding.to_bytes(4, "little") + bytes(padding) if padding else b""
     content = FOX.read_bytes() + note
     known = client.submit(FOX)["job_id"]
-    client.wait(known)
+    runs = [client.wait(known)]
     first = variant(tmp_path / "first.wav", 1)
     first.write_bytes(content + first.read_bytes()[-12:])
-    client.wait(client.submit(first)["job_id"])  # the pace is measured
+    runs.append(client.wait(client.submit(first)["job_id"]))  # the pace is measured
 
     senders = [Sender(service.base_url, content, n) for n in range(SENDERS)]
     until = time.monotonic() + OVERLOAD_SECONDS
@@ -84,15 +84,15 @@ def test_overload_is_refused_and_those_let_in_do_not_wait_longer_than_promised(
     assert len(refused) > len(accepted) > 10, "it was an overload"
     assert {answer.json()["code"] for answer in refused} == {"queue_full"}
 
-    # The pace is measured, and the machine may get slower meanwhile: each was let in by the pace of
-    # its moment.
-    paces = [queue["backlog_seconds"] / queue["queued"] for queue in queues if queue["queued"]]
+    # Each was let in by the pace of its moment, and the machine may have got slower meanwhile.
+    paces = [run["processing_seconds"] for run in runs]
+    paces += [queue["backlog_seconds"] / queue["queued"] for queue in queues if queue["queued"]]
     slower = max(paces) / min(paces)
     longest_queue = max(queue["queued"] for queue in queues)
-    assert longest_queue * min(paces) <= LIMIT_SECONDS * 1.25, "they were let in past the limit"
+    assert longest_queue * min(paces) <= LIMIT_SECONDS * 1.5, "they were let in past the limit"
     waits = [queue["wait_seconds"] for queue in queues]
     latest = max(int(answer.headers["retry-after"]) for answer in refused)
-    assert 1 <= min(int(answer.headers["retry-after"]) for answer in refused)
+    assert min(int(answer.headers["retry-after"]) for answer in refused) >= 1
     assert latest <= max(3, 1.5 * max(waits)), "it is told by the backlog"
 
     idle_by = time.monotonic() + LIMIT_SECONDS * 2 * slower

@@ -229,6 +229,24 @@ async def test_the_limit_holds_when_all_come_at_once(admission_of, busy, setting
     assert 200 < (await busy.snapshot()).wait_seconds < 211
 
 
+async def test_the_limit_holds_from_the_moment_when_the_pace_is_known(
+    admission_of, store, worker, settings, raw
+):
+    """A look from before that is not believed for a second."""
+    live(worker, slots=1)
+    limited = admission_of(max_queue_seconds=30)
+    await limited.submit(manifest(settings, "first"))
+    assert (await limited.look()).wait_seconds is None
+    run(worker, settings, raw, seconds=20)
+    outcomes = [
+        (await asyncio.gather(limited.submit(manifest(settings, f"{n}")), return_exceptions=True))[
+            0
+        ]
+        for n in range(5)
+    ]
+    assert [isinstance(outcome, QueueFull) for outcome in outcomes] == [False] * 2 + [True] * 3
+
+
 async def test_an_empty_queue_takes_a_recording_however_large(
     admission_of, store, worker, settings, raw
 ):

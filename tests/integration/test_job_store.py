@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from uuid import uuid4
@@ -236,6 +237,30 @@ async def test_cancelling_one_of_two_jobs_leaves_the_other(store, worker, settin
     assert worker.renew(claim, 0.2) == "cancelled"
     assert complete(worker, settings, claim) is None
     assert (await store.read(one.job_id, "")).status is JobStatus.CANCELLED
+
+
+async def test_a_job_is_never_both_cancelled_and_completed(store, worker, settings):
+    """A hundred races of a cancel with the end of the work: both callers are told the same end."""
+    ends = set()
+    for number in range(100):
+        job = manifest(settings, f"race {number}")
+        await store.submit(job)
+        claim = worker.claim()
+        finish = asyncio.create_task(asyncio.to_thread(complete, worker, settings, claim))
+        if number % 2:
+            await asyncio.sleep(0)
+        else:
+            await store.read(job.job_id, "")  # one round trip later
+        cancelled = await store.cancel(job.job_id, "")
+        completed = await finish
+        status = (await store.read(job.job_id, "")).status
+        if cancelled == "cancelled":
+            assert (completed, status) == (None, JobStatus.CANCELLED)
+        else:
+            assert (cancelled, completed) == ("finished", [job.job_id])
+            assert status is JobStatus.COMPLETED
+        ends.add(status)
+    assert len(ends) == 2, "both won at times"
 
 
 async def test_a_cancelled_job_in_the_queue_never_runs(store, worker, settings):

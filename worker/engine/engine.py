@@ -18,7 +18,7 @@ from shared.options import TranscriptionOptions
 from shared.schemas import Segment, Transcript
 from worker.engine import batched, sequential, speech
 from worker.engine.decode import SAMPLE_RATE, Decoder
-from worker.engine.model import LoadedModel
+from worker.engine.model import LoadedModel, warm_up
 from worker.engine.parts import Part, Plan, Result, cut
 from worker.engine.scheduler import Scheduler
 from worker.engine.speech import Stretch
@@ -74,6 +74,16 @@ class Engine:
         self._scheduler.close()
         self._detector.close()
         self._decoder.close()
+
+    @property
+    def longest_call_seconds(self) -> float:
+        """Since when the model has owed an answer; 0: it owes none."""
+        return float(self.model.whisper.model.longest_call_seconds)
+
+    def check(self) -> None:
+        """Raises whatever the model raises when it can't even hear silence: then no file is at
+        fault, as after an error of a GPU, which spoils every later call."""
+        warm_up(self.model.whisper)
 
     def transcribe(
         self,

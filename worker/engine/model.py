@@ -15,6 +15,7 @@ from faster_whisper.utils import available_models, download_model
 
 from shared.errors import ModelUnavailable
 from shared.settings import DEMO_MODEL, Device, Settings
+from worker.engine.watched import WatchedModel
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def load(settings: Settings, *, replicas: int = 1, threads: int = 1) -> LoadedMo
             cpu_threads=threads,
             num_workers=replicas,
         )
+        whisper.model = WatchedModel(whisper.model)
         warm_up(whisper)
         # What is loaded now stays. faster-whisper and others collect garbage while they serve,
         # and would look through all of it each time.
