@@ -92,7 +92,7 @@ def test_overload_is_refused_and_those_let_in_do_not_wait_longer_than_promised(
     assert longest_queue * min(paces) <= LIMIT_SECONDS * 1.25, "they were let in past the limit"
     waits = [queue["wait_seconds"] for queue in queues]
     latest = max(int(answer.headers["retry-after"]) for answer in refused)
-    assert 1 <= min(int(answer.headers["retry-after"]) for answer in refused)
+    assert min(int(answer.headers["retry-after"]) for answer in refused) >= 1
     assert latest <= max(3, 1.5 * max(waits)), "it is told by the backlog"
 
     idle_by = time.monotonic() + LIMIT_SECONDS * 2 * slower
