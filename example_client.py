@@ -273,13 +273,16 @@ class WhisperClient:
     @overload
     def result(self, job_id: str, format: JsonFormat = "json") -> dict[str, Any]: ...
     @overload
-    def result(self, job_id: str, format: TextFormat) -> str: ...
-    def result(self, job_id: str, format: JsonFormat | TextFormat = "json") -> dict[str, Any] | str:
+    def result(self, job_id: str, format: TextFormat, **rules: Any) -> str: ...
+    def result(
+        self, job_id: str, format: JsonFormat | TextFormat = "json", **rules: Any
+    ) -> dict[str, Any] | str:
         """The transcript of a completed job: a dict for json and verbose_json, else text.
 
+        `rules`: of captions, for srt and vtt, as max_line_chars=42.
         Raises JobFailed, JobCancelled, Expired, NotFound, and RequestRejected with the code
         result_not_ready while the job is unfinished."""
-        return self._run(lambda client, _: client.result(job_id, format))
+        return self._run(lambda client, _: client.result(job_id, format, **rules))
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         """Cancels an unfinished job; erases a finished one."""
@@ -443,7 +446,9 @@ class AsyncWhisperClient:
                 if accepted["status"] != "completed":
                     advised = _retry_after(response)
                     await self._poll(job_id, on_progress, poll_interval, advised or POLL_SECONDS)
-                return _answer_of(await self._result(job_id, "json", outlasts=True), "text")
+                return _answer_of(
+                    await self._result(job_id, {"format": "json"}, outlasts=True), "text"
+                )
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -477,16 +482,16 @@ class AsyncWhisperClient:
     @overload
     async def result(self, job_id: str, format: JsonFormat = "json") -> dict[str, Any]: ...
     @overload
-    async def result(self, job_id: str, format: TextFormat) -> str: ...
+    async def result(self, job_id: str, format: TextFormat, **rules: Any) -> str: ...
     @overload
     async def result(
-        self, job_id: str, format: JsonFormat | TextFormat
+        self, job_id: str, format: JsonFormat | TextFormat, **rules: Any
     ) -> dict[str, Any] | str: ...
     async def result(
-        self, job_id: str, format: JsonFormat | TextFormat = "json"
+        self, job_id: str, format: JsonFormat | TextFormat = "json", **rules: Any
     ) -> dict[str, Any] | str:
         """As WhisperClient.result."""
-        response = await self._result(job_id, format)
+        response = await self._result(job_id, {"format": format, **_fields(rules)})
         if format in {"json", "verbose_json"}:
             return _answer_of(response, "text")
         return response.content.decode("utf-8", "replace")
@@ -517,8 +522,7 @@ class AsyncWhisperClient:
         await self.close()
 
     async def _upload(self, file: Source, options: Mapping[str, Any]) -> httpx2.Response:
-        given = ((name, _form_value(name, value)) for name, value in options.items())
-        fields = {name: value for name, value in given if value is not None}
+        fields = _fields(options)
         async with _opened(file) as (binary, name):
             size_bytes = await asyncio.to_thread(binary.seek, 0, os.SEEK_END)
             if size_bytes == 0:
@@ -528,10 +532,12 @@ class AsyncWhisperClient:
             headers = {**form.headers, "Idempotency-Key": uuid.uuid4().hex}
             return await self._call("POST", "/transcribe", headers=headers, body=form.chunks)
 
-    async def _result(self, job_id: str, format: str, outlasts: bool = False) -> httpx2.Response:
+    async def _result(
+        self, job_id: str, query: Mapping[str, str], outlasts: bool = False
+    ) -> httpx2.Response:
         path = _path("result", job_id)
         try:
-            return await self._call("GET", path, params={"format": format}, outlasts=outlasts)
+            return await self._call("GET", path, params=query, outlasts=outlasts)
         except RequestRejected as exc:
             if exc.code == "job_cancelled":
                 raise JobCancelled(job_id) from exc
@@ -691,6 +697,11 @@ def _path(collection: str, job_id: str) -> str:
 # --- The upload -----------------------------------------------------------------------------------
 
 
+def _fields(options: Mapping[str, object]) -> dict[str, str]:
+    given = ((name, _form_value(name, value)) for name, value in options.items())
+    return {name: value for name, value in given if value is not None}
+
+
 def _form_value(name: str, value: object) -> str | None:
     """An option as the service's form takes it; None leaves it out."""
     if value is None or isinstance(value, str):
@@ -806,6 +817,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="an option of the transcription, as language=en; repeatable",
     )
     parser.add_argument(
+        "--caption",
+        dest="rules",
+        metavar="NAME=VALUE",
+        type=_option,
+        action="append",
+        default=[],
+        help="a rule for the captions of srt and vtt, as max_lines=2; repeatable",
+    )
+    parser.add_argument(
         "--deadline", type=float, metavar="SECONDS", help="how long to wait for the job"
     )
     return parser.parse_args(argv)
@@ -833,7 +853,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 job_id = client.submit(arguments.file, **dict(arguments.options))["job_id"]
                 on_progress = _show if sys.stderr.isatty() else None
                 client.wait(job_id, on_progress=on_progress, deadline=arguments.deadline)
-                transcript = client.result(job_id, arguments.format)
+                transcript = client.result(job_id, arguments.format, **dict(arguments.rules))
             except KeyboardInterrupt:
                 if job_id:
                     with contextlib.suppress(WhisperError):

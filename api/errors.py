@@ -116,10 +116,17 @@ async def invalid_parameters(request: Request, exc: Exception) -> Response:
     """Query and path parameters; never echoes what was sent."""
     assert isinstance(exc, RequestValidationError)
     fields = [
-        FieldProblem(field=str(error["loc"][-1]), message=error["msg"]) for error in exc.errors()
+        FieldProblem(field=str(error["loc"][-1])[:64], message=parameter_message(error))
+        for error in exc.errors()
     ]
     detail = "; ".join(f"{field.field}: {field.message}" for field in fields)
     return problem(request, 422, errors.InvalidField.code, detail, fields)
+
+
+def parameter_message(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "is not a parameter of this endpoint; its parameters are listed at /docs"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 async def unexpected(request: Request, exc: Exception) -> Response:

@@ -127,9 +127,7 @@ def view(job: Job, look: Snapshot | None = None) -> JobView:
     },
 )
 async def result(
-    job_id: str,
-    request: Request,
-    format: Annotated[formats.Format, Query(description="How to write it.")] = formats.Format.JSON,
+    job_id: str, request: Request, asked: Annotated[formats.Writing, Query()]
 ) -> Response:
     store = state_of(request).store
     job = await store.read(job_id_of(job_id), caller_of(request).sees)
@@ -145,12 +143,13 @@ async def result(
             retry_after_seconds=poll_after_seconds(job),
         )
     transcript = await store.transcript(job)
-    return formats.render(format, job.job_id, transcript, job.options.metadata_json)
+    return await formats.respond(asked, job.job_id, transcript, job.options.metadata_json)
 
 
 @router.get(
     "/jobs/{job_id}/partial",
     response_model=JobPartial,
+    response_model_exclude={"segments": {"__all__": {"tokens", "warnings"}}},
     summary="Read what is transcribed so far",
     responses=answers(JobNotFound, JobExpired, StoreUnavailable),
 )

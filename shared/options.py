@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from shared.languages import LANGUAGES
 
 # Raised whenever the same options and model begin to give another transcript.
-ENGINE_REVISION = "2"
+ENGINE_REVISION = "3"
 
 Mode = Literal["batched", "sequential"]
 Task = Literal["transcribe", "translate"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,20 +22,35 @@ class Word(BaseModel):
     probability: float = Field(description="0 to 1.")
 
 
+WarningCode = Literal[
+    "no_speech",
+    "truncated_media",
+    "low_language_confidence",
+    "possible_repetition",
+    "possible_hallucination",
+]
+
+
 class Segment(BaseModel):
     id: int = Field(description="Counted from 0.")
+    seek: int = Field(
+        0,
+        description="Where its window begins: hundredths of a second of what the model was given.",
+    )
     start: float = Field(description="Seconds from the beginning of the recording.")
     end: float
     text: str
+    tokens: list[int] = Field(default=[], description="What the model wrote, times included.")
     avg_logprob: float = Field(description="Mean log probability of the tokens.")
     compression_ratio: float = Field(description="High values mean repeated text.")
     no_speech_prob: float = Field(description="0 to 1.")
     temperature: float = Field(description="The temperature that gave this text.")
     words: list[Word] | None = Field(None, description="Only with word_timestamps.")
+    warnings: list[WarningCode] = Field(default=[], description="Codes of what makes it doubtful.")
 
 
 class TranscriptWarning(BaseModel):
-    code: str
+    code: WarningCode
     message: str
 
 
@@ -114,17 +129,21 @@ class JobResult(Transcript):
     metadata: Metadata
 
 
-class VerboseWord(BaseModel):
-    word: str
-    start: float
-    end: float
+class VerboseWord(Word):
+    word: str = Field(description="Without spaces around it.")
+
+
+class DurationUsage(BaseModel):
+    type: Literal["duration"] = "duration"
+    seconds: int = Field(description="Duration, rounded up.")
 
 
 class VerboseTranscript(Transcript):
-    """GET /result/{job_id}, format verbose_json: as OpenAI has it."""
+    """GET /result/{job_id}, format verbose_json: as OpenAI has it, with our own fields besides."""
 
     language: str = Field(description="Name, as `english`.")
     words: list[VerboseWord] | None = Field(None, description="Only with word_timestamps.")
+    usage: DurationUsage
 
 
 class JobPartial(BaseModel):

@@ -11,6 +11,8 @@ from uuid import uuid4
 
 import httpx2
 import pytest
+import srt
+import webvtt
 
 from tests.conftest import FOX, FOX_WORDS, SAMPLES, wait_until
 from tests.e2e.conftest import completed_runs, leftovers, metric, variant
@@ -134,6 +136,45 @@ def test_every_format_of_a_finished_job(client):
         assert FOX_WORDS in answer.text
     wrong = client.http.get(f"/result/{job['job_id']}", params={"format": "doc"})
     assert problem(wrong) == (422, "invalid_field")
+
+
+def test_captions_of_a_finished_job_follow_the_rules_of_each_request(client):
+    """The words' times are those of the recording; nothing is transcribed again."""
+    job = client.submit(word_timestamps="true")
+    client.wait(job["job_id"])
+
+    def captions(**rules) -> str:
+        answer = client.http.get(f"/result/{job['job_id']}", params=rules)
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+    read = list(srt.parse(captions(format="srt", max_line_chars="12", max_lines="1")))
+    assert " ".join(cue.content for cue in read) == FOX_WORDS
+    assert all(len(cue.content) <= 12 for cue in read)
+    words = client.http.get(f"/result/{job['job_id']}").json()["segments"][0]["words"]
+    starts = [word["start"] for word in words]
+    assert len(read) > 2
+    assert all(round(cue.start.total_seconds(), 3) in starts for cue in read)
+    karaoke = captions(format="vtt", words="true")
+    assert karaoke.count("<00:00:0") == len(words) - 1
+    (cue,) = webvtt.from_string(karaoke, strict=True).captions
+    assert cue.text == FOX_WORDS
+
+
+def test_rules_that_do_not_fit_are_refused_by_name(client):
+    job = client.submit()
+    client.wait(job["job_id"])
+    for query, field in {
+        "format=srt&max_lines=0": "max_lines",
+        "format=srt&max_line_chars=many": "max_line_chars",
+        "format=text&min_duration=1": "min_duration",
+        "format=srt&words=true": "words",
+        "format=vtt&words=true": "words",
+        "fromat=srt": "fromat",
+    }.items():
+        answer = client.http.get(f"/result/{job['job_id']}?{query}")
+        assert problem(answer) == (422, "invalid_field"), query
+        assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
 def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, client):

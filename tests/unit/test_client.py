@@ -954,6 +954,16 @@ async def test_a_result_is_a_dict_or_text_by_its_format(server: Server) -> None:
         assert await client.result("job-1", format="srt") == "1\n00:00:00,000 --> …\n"
 
 
+async def test_rules_for_captions_are_sent_as_the_service_takes_them(server: Server) -> None:
+    query = "format=vtt&max_line_chars=42&min_duration=1.5&words=true"
+    server.on(f"GET /result/job-1?{query}", Answer("WEBVTT\n\n"))
+    rules = {"max_line_chars": 42, "max_lines": None, "min_duration": 1.5, "words": True}
+    async with AsyncWhisperClient(server.url) as client:
+        assert await client.result("job-1", "vtt", **rules) == "WEBVTT\n\n"
+    with WhisperClient(server.url) as client:
+        assert client.result("job-1", "vtt", **rules) == "WEBVTT\n\n"
+
+
 async def test_an_unfinished_result_says_when_to_come_back(server: Server) -> None:
     server.on(RESULT_PATH, problem(409, "result_not_ready", retry_after="3"))
     async with AsyncWhisperClient(server.url) as client:
@@ -1179,6 +1189,17 @@ def test_the_command_writes_the_format_that_it_is_asked_for(
         assert json.loads(printed)["text"] == "The quick brown fox."
     else:
         assert printed == "1\n00:00:00,000 --> 00:00:01,000\nHi\n"
+
+
+def test_the_command_passes_rules_for_captions_on(
+    server: Server, audio: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.on("POST /transcribe", accepted())
+    server.on(STATUS_PATH, job("completed"))
+    server.on("GET /result/job-1?format=vtt&max_lines=1&words=true", Answer("WEBVTT\n"))
+    rules = ["--caption", "max_lines=1", "--caption", "words=true"]
+    assert run_main(server, audio, "--format", "vtt", *rules) == 0
+    assert capsys.readouterr().out == "WEBVTT\n"
 
 
 def run_main(server: Server, audio: Path, *arguments: str) -> int:

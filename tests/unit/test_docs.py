@@ -43,6 +43,7 @@ from shared.settings import Settings
 from shared.storage import Storage
 from tests.conftest import FOX_WORDS, ROOT
 from tests.unit.test_settings import compose_config, env_example, uncommented
+from worker.engine import quality
 from worker.health import serve
 
 DOCUMENTS = (
@@ -207,13 +208,16 @@ def shown_range(annotation: Any, metadata: list[Any]) -> str:
     [
         (TranscriptionOptions, "| Field | Type |", "Booleans are"),
         (VadParameters, "| Name | Type |", "```bash"),
+        (formats.Writing, "| Parameter | Type |", "```bash"),
     ],
 )
-def test_every_form_field_is_documented_with_its_type_range_and_default(model, first, last):
+def test_every_field_is_documented_with_its_type_range_and_default(model, first, last):
+    """Of forms, and of the query that formats take; `format` has a table of its own."""
     section = text_of("API_DOCS.md").partition(first)[2].partition(last)[0]
     documented = cells_of(section)
-    assert list(documented) == list(model.model_fields)
-    for name, field in model.model_fields.items():
+    fields = {name: field for name, field in model.model_fields.items() if name != "format"}
+    assert list(documented) == list(fields)
+    for name, field in fields.items():
         _, kind, limits, default, meaning = documented[name]
         assert kind == shown_type(field.annotation), name
         assert limits == shown_range(field.annotation, field.metadata), name
@@ -241,10 +245,30 @@ def test_the_fields_of_every_answer_are_documented():
     words = {
         word
         for cells in rows("API_DOCS.md", "## Get the transcript").values()
-        for word in re.findall(r"`(\w+)`", " ".join(cells))
+        for word in re.findall(r"`(\w+)`", cells[0])
     }
-    expected = set(schemas.Transcript.model_fields) | set(schemas.Word.model_fields)
-    assert expected <= words | {"text", "id"}
+    assert words == set(schemas.Transcript.model_fields)
+
+
+def test_the_fields_of_a_segment_are_documented():
+    cells = rows("API_DOCS.md", "### Segments").values()
+    assert {word for row in cells for word in re.findall(r"`(\w+)`", row[0])} == set(
+        schemas.Segment.model_fields
+    )
+    said = next(row[1] for row in cells if row[0] == "`words`")
+    assert set(schemas.Word.model_fields) <= set(re.findall(r"`(\w+)`", said))
+
+
+def test_every_warning_is_documented_with_its_threshold():
+    documented = rows("API_DOCS.md", "### Warnings")
+    assert set(documented) == set(get_args(schemas.WarningCode)) == set(quality.MESSAGES)
+    for code, figures in {
+        "low_language_confidence": [quality.MIN_LANGUAGE_PROBABILITY],
+        "possible_repetition": [quality.MAX_COMPRESSION_RATIO],
+        "possible_hallucination": [quality.MAX_NO_SPEECH_PROB, int(quality.MIN_AVG_LOGPROB)],
+    }.items():
+        assert all(str(figure) in documented[code][1] for figure in figures), code
+    assert quality.REPEATS == 4, "in words: four segments in a row"
 
 
 def test_every_status_is_documented():

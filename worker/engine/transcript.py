@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from faster_whisper.transcribe import Segment as WhisperSegment
 
 from shared.options import TranscriptionOptions
-from shared.schemas import Segment, Transcript, TranscriptWarning, Word
-
-NO_SPEECH = TranscriptWarning(code="no_speech", message="No speech was found in the recording.")
-PARTIAL = TranscriptWarning(
-    code="truncated_media", message="The file ends early; the transcript covers what was decoded."
-)
+from shared.schemas import Segment, Transcript, Word
+from worker.engine.quality import judged, warnings_of
 
 
 @dataclass
@@ -39,9 +35,11 @@ def segment_of(number: int, segment: WhisperSegment) -> Segment:
         ]
     return Segment(
         id=number,
+        seek=segment.seek,
         start=round(float(segment.start), 3),
         end=round(float(segment.end), 3),
         text=segment.text,
+        tokens=segment.tokens,
         avg_logprob=round(float(segment.avg_logprob), 4),
         compression_ratio=round(float(segment.compression_ratio), 4),
         no_speech_prob=round(float(segment.no_speech_prob), 4),
@@ -59,18 +57,17 @@ def transcript_of(
     *,
     is_partial: bool,
 ) -> Transcript:
-    warnings = [PARTIAL] if is_partial else []
-    if not segments:
-        warnings.append(NO_SPEECH)
+    segments = judged(segments)
+    probability = round(float(heard.language_probability), 4)
     return Transcript(
         text="".join(segment.text for segment in segments).strip(),
         language=heard.language,
-        language_probability=round(float(heard.language_probability), 4),
+        language_probability=probability,
         duration=round(heard.duration, 3),
         duration_after_vad=round(heard.duration_after_vad, 3),
         segments=segments,
         task=options.task,
         model=model,
         processing_seconds=round(processing_seconds, 3),
-        warnings=warnings,
+        warnings=warnings_of(segments, probability, is_partial=is_partial),
     )
