@@ -165,16 +165,18 @@ NO_WORDS = "needs a file that was submitted with word_timestamps=true; this one 
 
 def vtt_text(caption: Caption, *, has_times: bool) -> str:
     """With its time before each word but the first. Times inside a caption must grow, and lie
-    between its own."""
+    between its own. Style sheets (`::cue(:past)`) reach only what is an element, as `<c>` is."""
     latest = caption.start_ms
 
     def write(piece: Piece) -> str:
         nonlocal latest
         said, start = html.escape(piece.text, quote=False), milliseconds(piece.start)
-        if not (has_times and piece.is_told and latest < start < caption.end_ms):
+        if not has_times:
             return said
+        if not (piece.is_told and latest < start < caption.end_ms):
+            return f"<c>{said}</c>"
         latest = start
-        return f"<{timestamp(start, '.')}>{said}"
+        return f"<{timestamp(start, '.')}><c>{said}</c>"
 
     return "\n".join(spell(line, write) for line in caption.lines)
 

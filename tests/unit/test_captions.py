@@ -208,14 +208,15 @@ def test_words_that_do_not_spell_the_text_are_not_believed():
     said = spread("one two three four")
     said = said.model_copy(update={"words": said.words[2:]})
     text = render(transcript(said), Writing(format="vtt", words=True))
-    assert "one two three four\n" in text
+    assert "<c>one</c> <c>two</c> <c>three</c> <c>four</c>\n" in text
 
 
 def test_word_times_are_those_of_the_karaoke_style():
     said = spread("one two three")
     text = render(transcript(said), Writing(format="vtt", words=True))
     assert text == (
-        "WEBVTT\n\n00:00:00.000 --> 00:00:01.400\none <00:00:00.500>two <00:00:01.000>three\n"
+        "WEBVTT\n\n00:00:00.000 --> 00:00:01.400\n"
+        "<c>one</c> <00:00:00.500><c>two</c> <00:00:01.000><c>three</c>\n"
     )
 
 
