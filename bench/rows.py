@@ -85,6 +85,13 @@ ROWS = (
         long.beside_a_long_one,
     ),
     Row(
+        "i",
+        "a worker loads a model of shape base to compute in int8: from float16 / from its copy",
+        ">= 1.5",
+        lambda ratio: ratio >= 1.5,
+        speed.loading,
+    ),
+    Row(
         "j",
         "memory, shape base: 1 worker with 4 slots / 4 workers with 1",
         "<= 0.4",

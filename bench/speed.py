@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 
-from bench.pairs import Measured, compare, timed
+from bench.pairs import Arm, Measured, Spent, compare, timed
 from bench.stage import CLIPS, RATE, Stage, padded, save, sound, transcript
+from local.service import ROOT, allocator
 
 
 def against_the_engine(stage: Stage) -> Measured:
@@ -115,3 +121,23 @@ def preprocessing(stage: Stage) -> Measured:
         timed("engine", lambda: stage.engine.ask(**order), stage.engine.pids),
         stage.pairs,
     )
+
+
+def loading(stage: Stage) -> Measured:
+    """What a worker does before a model's first run, over the same with the int8 copy that an
+    earlier start made. Each in a process of its own; the file is in the page cache."""
+    model = stage.model_of("base", "float16")
+    command = [sys.executable, "-m", "bench.start", str(model), str(stage.folder / "copies")]
+
+    def start(*options: str) -> Spent:
+        done = subprocess.run(
+            [*command, *options],
+            cwd=ROOT,
+            env={**os.environ, **allocator()},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        spent = json.loads(done.stdout)
+        return Spent(spent["seconds"], spent["cpu"])
+
+    return compare(Arm("float16", lambda: start("--as-stored")), Arm("copy", start), stage.pairs)

@@ -115,10 +115,11 @@ class Stage:
             if name in self.__dict__:
                 self.__dict__[name].close()
 
-    def model_of(self, shape: str) -> Path:
-        folder = self.folder / shape
+    def model_of(self, shape: str, kind: str = "int8") -> Path:
+        """`kind`: the numbers that it is stored in."""
+        folder = self.folder / f"{shape}-{kind}"
         if not folder.exists():
-            widen(ROOT / "worker" / "demo_model", folder, shape)
+            widen(ROOT / "worker" / "demo_model", folder, shape, kind)
         return folder
 
     @contextmanager

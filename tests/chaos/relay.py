@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
@@ -21,17 +22,27 @@ class Relay:
         self._whole.set()
         self._generation = 0  # connections of an older one are dead, and nobody is told
         self._open: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._accept, name="relay", daemon=True).start()
+        self._begin(self._accept)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.heal()
         for end in list(self._open):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+
+    def _begin(self, work: Callable[..., None], *args: object) -> threading.Thread:
+        thread = threading.Thread(target=work, args=args, name="relay", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread
 
     def cut(self) -> None:
         """Nothing passes, in either direction, until it is healed."""
@@ -47,7 +58,7 @@ class Relay:
         with suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+                self._begin(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
         self._whole.wait()
@@ -59,8 +70,7 @@ class Relay:
             return
         server.settimeout(None)
         self._open |= {client, server}
-        back = threading.Thread(target=self._pump, args=(server, client, generation), daemon=True)
-        back.start()
+        back = self._begin(self._pump, server, client, generation)
         self._pump(client, server, generation)
         back.join()
         for end in (client, server):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from local.processes import CannotRun
 from tests.chaos.faults import FAULTS, Chaos, Fault
 from tests.chaos.ledger import Crowd, Job, Ledger, User, clips, recording
 from tests.chaos.report import Round, Row, by_kind, rows, table
@@ -78,7 +79,7 @@ def play(each: Fault, chaos: Chaos) -> Round:
     at_first = ledger.open_jobs()
     try:
         this.since = each.inflict(chaos)
-    except (AssertionError, pytest.fail.Exception) as exc:
+    except (AssertionError, pytest.fail.Exception, CannotRun) as exc:
         world.violations.append(f"{each.name}: {exc}")
         this.since = time.monotonic()
     now = time.monotonic()

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
+from local.processes import Spec
 from local.redis_server import bundled_binary
 from local.service import Service, answers
 from shared import keys
@@ -67,6 +68,7 @@ class World:
         self._disks = {"uploads": uploads_bytes, "redis": REDIS_BYTES}
         self._open = ExitStack()
         self._turn = 0
+        self._specs: dict[str, Spec] = {}  # of those under another clock, as they were
 
         if os.geteuid() or not any((p / "cgroup.procs").exists() for p in MEMORY_GROUPS):
             self.missing["memory groups"] = "limiting memory needs root and cgroups"
@@ -76,7 +78,7 @@ class World:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._mount()
-            # Under libfaketime the allocator of Debian's Redis waits for itself.
+            # Under libfaketime jemalloc waits for itself, and Debian's Redis is built with it.
             stack.enter_context(patch("local.service.find_binary", bundled_binary))
             self.service: Service = stack.enter_context(
                 replicas(self.folder / "service", **self._settings)
@@ -246,16 +248,17 @@ class World:
     # --- clocks
 
     def clock(self, name: str) -> Path:
-        """Restarts a process under a clock of its own; write `+2h` into the file to set it."""
+        """Restarts a process under a clock of its own; write `+2h` into the file to set it. Without
+        the allocator that it preloads: under libfaketime jemalloc waits for itself."""
         file = self.folder / f"clock of {name}"
         file.write_text("+0")
         process = self.service.supervisor.processes[name]
-        preload = process.spec.env.get("LD_PRELOAD", "")
+        self._specs[name] = process.spec
         process.spec = replace(
             process.spec,
             env={
                 **process.spec.env,
-                "LD_PRELOAD": f"{FAKETIME} {preload}".strip(),
+                "LD_PRELOAD": str(FAKETIME),
                 "FAKETIME_TIMESTAMP_FILE": str(file),
                 "FAKETIME_CACHE_DURATION": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
@@ -266,12 +269,7 @@ class World:
         return file
 
     def true_clock(self, name: str) -> None:
-        process = self.service.supervisor.processes[name]
-        env = dict(process.spec.env)
-        rest = env.pop("LD_PRELOAD").replace(str(FAKETIME), "").strip()
-        for each in [n for n in env if n.startswith("FAKETIME_")]:
-            del env[each]
-        process.spec = replace(process.spec, env={**env, **({"LD_PRELOAD": rest} if rest else {})})
+        self.service.supervisor.processes[name].spec = self._specs.pop(name)
         self.service.restart(name)
 
 

@@ -21,6 +21,7 @@ from faster_whisper.feature_extractor import FeatureExtractor
 from tests.conftest import FOX, FOX_WORDS, SAMPLES
 from tools.demo_model import widen
 from worker.engine.model import DEMO_FOLDER
+from worker.engine.model_file import read_contents
 
 TRUTH = json.loads((SAMPLES / "transcripts.json").read_text())
 NAMES = [FOX.name, "de.wav", "fr.wav", "es.wav"]
@@ -88,24 +89,13 @@ def folder_of(tmp_path_factory, demo) -> Iterator[Callable[[str, str], Path]]:
         folder.mkdir()
         for file in DEMO_FOLDER.glob("*.json"):
             shutil.copy(file, folder)
-        widen.write(in_float32(demo), folder / "model.bin")
+        widen.write(widen.stored_in(demo, "float32"), folder / "model.bin")
         return folder
 
     yield make
     said.cache_clear()
     loaded.cache_clear()
     shutil.rmtree(root)
-
-
-def in_float32(model: widen.Model) -> widen.Model:
-    found = {}
-    for key, value in model.variables.items():
-        scale = model.variables.get(f"{key}_scale")
-        if scale is not None:
-            found[key] = value / scale.reshape(-1, *[1] * (value.ndim - 1))
-        elif not key.endswith("_scale"):
-            found[key] = value
-    return replace(model, variables=found)
 
 
 @cache
@@ -246,6 +236,18 @@ def test_the_command_writes_all_that_a_model_needs(tmp_path, monkeypatch):
     assert made == {file.name for file in DEMO_FOLDER.iterdir()} - {"README.md"}
 
 
+def test_the_command_stores_in_floats_as_models_are_published(tmp_path, monkeypatch, demo):
+    """Every float is a float16 then, none is int8; but such a model is not widened again."""
+    assert command(monkeypatch, "tiny", tmp_path / "f16", "--stored", "float16") == 0
+    with (tmp_path / "f16" / "model.bin").open("rb") as file:
+        kinds = {v.name: v.kind for v in read_contents(file).variables if v.shape}
+    assert set(kinds.values()) == {"float16"}
+    wide = widen.widened(demo, "tiny").variables
+    assert set(kinds) == {k for k, v in wide.items() if v.ndim and not k.endswith("_scale")}
+    with pytest.raises(widen.NotWidenable, match="holds float16, not only int8 and float32"):
+        widen.read(tmp_path / "f16" / "model.bin")
+
+
 WHOLE = (DEMO_FOLDER / "model.bin").read_bytes()
 FIRST = b"decoder/activation\0"  # then 0 dimensions, a type, a size
 
@@ -257,12 +259,12 @@ FIRST = b"decoder/activation\0"  # then 0 dimensions, a type, a size
         (WHOLE[:3], "ends too early"),
         (WHOLE[:5000], "ends too early"),
         (WHOLE[:-1], "ends too early"),
-        (b"PK\3\4 a model of another kind", "has format 67324752; this tool reads 6"),
+        (b"PK\3\4 a model of another kind", "has format 67324752, not 6"),
         (WHOLE.replace(b"WhisperSpec", b"Wav2VecSpec", 1), "holds Wav2VecSpec 3"),
-        (WHOLE.replace(FIRST + b"\0\1", FIRST + b"\0\4", 1), "other than int8 and float32"),
-        (WHOLE.replace(FIRST + b"\0\1\1", FIRST + b"\0\1\2", 1), "is damaged"),
+        (WHOLE.replace(FIRST + b"\0\1", FIRST + b"\0\7", 1), "is of type 7"),
+        (WHOLE.replace(FIRST + b"\0\1\1", FIRST + b"\0\1\2", 1), "another size than its shape"),
     ],
-    ids=["empty", "3-bytes", "5000-bytes", "last-byte", "zip", "wav2vec", "float16", "size"],
+    ids=["empty", "3-bytes", "5000-bytes", "last-byte", "zip", "wav2vec", "type", "size"],
 )
 def test_a_cut_or_foreign_file_is_one_sentence(tmp_path, monkeypatch, capsys, content, sentence):
     (tmp_path / "model.bin").write_bytes(content)

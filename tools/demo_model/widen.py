@@ -1,12 +1,12 @@
 """Makes of the demo model one of the exact shape of Whisper tiny, base, small or medium that says
 the same: what it costs is what the real model costs, and its text can still be checked.
 
-    python -m tools.demo_model.widen tiny OUT [--source worker/demo_model]
+    python -m tools.demo_model.widen tiny OUT [--source worker/demo_model] [--stored float16]
 
 Every channel is there k times. A layer norm does not notice that; a matrix that reads k equal
 channels has its scale divided by k; one that writes them has each row k times, and so whole heads
 and units are there k times. Layers that the source lacks come last and add nothing. int8 values are
-copied as they are, so nothing is rounded anew.
+copied as they are, so nothing is rounded anew, unless the model is to be stored in floats.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import struct
 import sys
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from worker.engine.model_file import (
+    NotAModel,
+    read_contents,
+    write_aliases,
+    write_head,
+    write_variable_head,
+)
 
 # Width, heads, encoder and decoder layers: openai/whisper, whisper/model.py and its checkpoints.
 SHAPES = {
@@ -30,9 +35,7 @@ SHAPES = {
     "small": (768, 12, 12),
     "medium": (1024, 16, 24),
 }
-# CTranslate2's numbers for types: python/ctranslate2/specs/model_spec.py, 4.8.5
-TYPES = (np.dtype("float32"), np.dtype("int8"), np.dtype("int16"), np.dtype("int32"))
-VERSION = 6
+KINDS = ("int8", "int16", "int32", "float32")
 SPEC = ("WhisperSpec", 3)
 # Matrices that hold the rows of several projections: (name, how many)
 FUSED = (("/self_attention/linear_0", 3), ("/attention/linear_1", 2))
@@ -57,61 +60,51 @@ class NotWidenable(Exception):
 
 
 def read(path: Path) -> Model:
-    """Raises NotWidenable unless the file is a whole Whisper model of the types above."""
+    """Raises NotWidenable unless the file is a whole Whisper model in int8 and float32."""
     with path.open("rb") as file:
-
-        def take(count: int) -> bytes:
-            data = file.read(count)
-            if len(data) < count:
-                raise NotWidenable(f"{path} ends too early: it is cut or no CTranslate2 model.")
-            return data
-
-        def number(kind: str) -> int:
-            return int(struct.unpack(kind, take(struct.calcsize(kind)))[0])
-
-        def text() -> str:
-            return take(number("H"))[:-1].decode(errors="replace")
-
-        def variable() -> np.ndarray:
-            shape = [number("I") for _ in range(number("B"))]
-            kind, size = number("B"), number("I")
-            if kind >= len(TYPES) or size != prod(shape) * TYPES[kind].itemsize:
-                raise NotWidenable(f"{path} is damaged, or holds other than int8 and float32.")
-            return np.frombuffer(take(size), TYPES[kind]).reshape(shape)
-
-        if (version := number("I")) != VERSION:
-            raise NotWidenable(f"{path} has format {version}; this tool reads {VERSION}.")
-        if (spec := (text(), number("I"))) != SPEC:
+        try:
+            contents = read_contents(file)
+        except NotAModel as exc:
+            raise NotWidenable(f"{path} {exc}") from exc
+        if (spec := (contents.spec, contents.revision)) != SPEC:
             raise NotWidenable(f"{path} holds {spec[0]} {spec[1]}; this tool reads {SPEC[0]} 3.")
-        variables = {text(): variable() for _ in range(number("I"))}
-        aliases = [(text(), text()) for _ in range(number("I"))]
-    return Model(*spec, variables, aliases)
+        variables = {}
+        for variable in contents.variables:
+            if variable.kind not in KINDS:
+                raise NotWidenable(f"{path} holds {variable.kind}, not only int8 and float32.")
+            file.seek(variable.offset)
+            values = np.frombuffer(file.read(variable.size_bytes), variable.kind)
+            variables[variable.name] = values.reshape(variable.shape)
+    return Model(*spec, variables, list(contents.aliases))
 
 
 def write(model: Model, path: Path) -> None:
     with path.open("wb") as file:
-        file.write(struct.pack("I", VERSION))
-        _write_text(file, model.name)
-        file.write(struct.pack("II", model.revision, len(model.variables)))
+        write_head(file, model.name, model.revision, len(model.variables))
         for key, value in model.variables.items():
-            _write_text(file, key)
-            file.write(struct.pack(f"=B{value.ndim}I", value.ndim, *value.shape))
-            file.write(struct.pack("=BI", TYPES.index(value.dtype), value.nbytes))
-            file.write(np.ascontiguousarray(value).tobytes())
-        file.write(struct.pack("I", len(model.aliases)))
-        for alias, target in model.aliases:
-            _write_text(file, alias)
-            _write_text(file, target)
+            write_variable_head(file, key, value.dtype.name, value.shape)
+            file.write(value.tobytes())
+        write_aliases(file, model.aliases)
 
 
-def _write_text(file: BinaryIO, text: str) -> None:
-    data = text.encode() + b"\0"
-    file.write(struct.pack("H", len(data)) + data)
+def stored_in(model: Model, kind: str) -> Model:
+    """The same in float16 or float32, as models are published: every value that int8 and its scale
+    mean."""
+    found: Variables = {}
+    for key, value in model.variables.items():
+        scale = model.variables.get(f"{key}_scale")
+        if scale is not None:
+            found[key] = (value / scale.reshape(-1, *[1] * (value.ndim - 1))).astype(kind)
+        elif not key.endswith("_scale"):
+            found[key] = value.astype(kind) if value.dtype == np.float32 else value
+    return replace(model, variables=found)
 
 
-def widen(source: Path, target: Path, shape: str) -> None:
+def widen(source: Path, target: Path, shape: str, kind: str = "int8") -> None:
     """Writes the folder `target`. Raises NotWidenable, and then has written nothing."""
     wide = widened(read(source / "model.bin"), shape)
+    if kind != "int8":
+        wide = stored_in(wide, kind)
     target.mkdir(parents=True, exist_ok=True)
     for file in source.glob("*.json"):
         shutil.copy(file, target)
@@ -188,9 +181,10 @@ def main() -> int:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("target", type=Path)
     parser.add_argument("--source", type=Path, default=Path("worker/demo_model"))
+    parser.add_argument("--stored", choices=["int8", "float16", "float32"], default="int8")
     chosen = parser.parse_args()
     try:
-        widen(chosen.source, chosen.target, chosen.shape)
+        widen(chosen.source, chosen.target, chosen.shape, chosen.stored)
     except (NotWidenable, OSError) as exc:
         print(exc, file=sys.stderr)
         return 1
