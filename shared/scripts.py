@@ -20,10 +20,11 @@ _ALLOWED_OVER_MEMORY = frozenset(
         "evict",
         "cancel",
         "erase",
-        "read",
         "meter",
     }
 )
+# These answer also while a server refuses to write, as with a full disk.
+_READING = frozenset({"read"})
 
 
 def source(verb: str, *, has_flags: bool) -> str:
@@ -37,6 +38,8 @@ def source(verb: str, *, has_flags: bool) -> str:
     )
     if has_flags and verb in _ALLOWED_OVER_MEMORY:
         return "#!lua flags=allow-oom\n" + body
+    if has_flags and verb in _READING:
+        return "#!lua flags=no-writes\n" + body
     return body
 
 

@@ -63,7 +63,7 @@ class Reaper(threading.Thread):
 
     def remove_later(self, job_ids: Sequence[str]) -> None:
         """The uploads of jobs that have just ended. They stay until the store has the end on its
-        disk: if its machine dies before, the jobs come back, and need them."""
+        disk: if its machine dies before, or it is emptied, the jobs come back, and need them."""
         self._ended.append((time.monotonic() + DURABLE_SECONDS, tuple(job_ids)))
 
     def sweep(self) -> None:
@@ -79,9 +79,15 @@ class Reaper(threading.Thread):
         self._on_clean("transcript", evicted)
 
     def remove_ended(self) -> None:
+        """Of those that the store still knows as ended; the others are left to
+        `reconcile_uploads`."""
         while self._ended and self._ended[0][0] <= time.monotonic():
-            for job_id in self._ended.popleft()[1]:
-                self._remove(job_id, "upload")
+            job_ids = self._ended[0][1]
+            states = self._store.job_states(job_ids)
+            self._ended.popleft()
+            for job_id, state in zip(job_ids, states, strict=True):
+                if state == "finished":
+                    self._remove(job_id, "upload")
 
     def take_back_leases(self) -> None:
         requeued, queued, ended = self._store.reap()

@@ -42,7 +42,7 @@ def test_nothing_is_lost_wrong_or_written_twice(tmp_path: Path) -> None:
         for what, why in world.missing.items():
             print(f"without {what}: {why}")
         ledger.learn(User(ledger, world.url), [*clips(), long])
-        users = [clips()] * 4 + [[long]] * 2
+        users = [clips()] * 3 + [[long]]
         with Crowd(ledger, world.url, seed, users=users, pause=0.5) as crowd:
             rounds = [Round("calm", time.monotonic(), time.time())]
             until = time.monotonic() + seconds

@@ -445,6 +445,20 @@ async def test_work_that_is_done_can_be_saved_above_maxmemory(store, worker, set
         raw.config_set("maxmemory", before)
 
 
+async def test_a_server_that_can_not_write_still_tells_of_jobs(store, worker, settings, raw):
+    """As with a full disk, or above its memory: who polls is not disturbed."""
+    job = manifest(settings)
+    await store.submit(job)
+    for name, value, before in (("min-replicas-to-write", 1, 0), ("maxmemory", 1, 0)):
+        raw.config_set(name, value)
+        try:
+            assert (await store.read(job.job_id, "")).status is JobStatus.QUEUED
+            with pytest.raises(StoreUnavailable):
+                await store.submit(manifest(settings, "another"))
+        finally:
+            raw.config_set(name, before)
+
+
 async def test_a_store_that_is_away_is_an_error_of_ours(settings):
     """No answer, no exception of a library: StoreUnavailable, with a time to come back."""
     away = replace_url(settings, f"redis://127.0.0.1:{free_port()}/0")
