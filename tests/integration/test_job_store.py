@@ -251,7 +251,7 @@ async def test_a_job_is_never_both_cancelled_and_completed(store, worker, settin
             await asyncio.sleep(0)
         else:
             await store.read(job.job_id, "")  # one round trip later
-        cancelled = await store.cancel(job.job_id, "")
+        cancelled, *_ = await store.cancel(job.job_id, "")
         completed = await finish
         status = (await store.read(job.job_id, "")).status
         if cancelled == "cancelled":
