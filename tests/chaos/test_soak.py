@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from shared import keys
-from tests.chaos.ledger import Crowd, Ledger, User, clips, recording
+from tests.chaos.ledger import Crowd, Ledger, Source, User, clips, recording
+from tests.chaos.test_chaos import wait_for
 from tests.chaos.world import World, open_files, resident_bytes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
 SAMPLE_SECONDS = 5
+RUSH_JOBS = 12
 WARM_SHARE = 1 / 3  # of the time: caches and allocators fill
 MIB = 1 << 20
 # What may be added within the time that counts; a leak of some bytes for each job is far more.
@@ -38,6 +40,7 @@ def test_memory_and_descriptors_are_flat_under_steady_load(tmp_path: Path) -> No
             print(f"without {what}: {why}")
         long = recording()
         ledger.learn(User(ledger, world.url), [*clips(), long])
+        rush(world, ledger, long)
         users = [clips()] * 3 + [[long]]
         samples = Samples()
         with Crowd(ledger, world.url, 0, users=users, pause=1.0) as crowd:
@@ -46,6 +49,7 @@ def test_memory_and_descriptors_are_flat_under_steady_load(tmp_path: Path) -> No
                 samples.take(world, ledger)
                 time.sleep(SAMPLE_SECONDS)
             crowd.stop()
+            wait_for(ledger.open_jobs())
         died = world.dead()
         names = world.all_pids()
     problems = [f"{name} died" for name in died]
@@ -55,6 +59,19 @@ def test_memory_and_descriptors_are_flat_under_steady_load(tmp_path: Path) -> No
     problems += samples.report(names)
     print("\n".join(f"BROKEN: {problem}" for problem in problems) or "Everything is flat.")
     assert not problems
+
+
+def rush(world: World, ledger: Ledger, source: Source) -> None:
+    """Every slot of every worker is busy with the largest, in both modes, some times over: the
+    allocators keep what they once had, and need no more for what comes later."""
+    user = User(ledger, world.url)
+    for vad_filter in (False, True, False, True):
+        jobs = [ledger.begin(source, vad_filter=vad_filter) for _ in range(RUSH_JOBS)]
+        for job in jobs:
+            assert user.send(job), job.refused
+        for job in jobs:
+            user.follow(job)
+    user.close()
 
 
 def not_right(job) -> bool:
