@@ -262,7 +262,7 @@ class JobStore:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.time()
                 pipe.zcard(keys.QUEUE)
-                pipe.zrange(keys.QUEUE, 0, 0, withscores=True)
+                pipe.zrange(keys.WAITING, 0, 0, withscores=True)
                 pipe.zcard(keys.LEASES)
                 pipe.hgetall(keys.COUNTERS)
                 pipe.zrange(keys.WORKERS, 0, -1)

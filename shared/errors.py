@@ -4,7 +4,7 @@ ServiceError
 ├── RequestError              the caller can mend it by sending something else
 │   ├── InvalidField          a form field has a wrong value (names the field)
 │   ├── MalformedUpload       the body is not a multipart form we can read
-│   ├── MissingFile, EmptyFile, FileTooLarge, NotAudio, UploadTooSlow
+│   ├── MissingFile, EmptyFile, FileTooLarge, BatchTooLarge, NotAudio, UploadTooSlow
 │   ├── Unauthorized, Forbidden   no valid API key, or one that may not do that
 │   ├── JobNotFound, JobExpired
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
@@ -80,6 +80,13 @@ class FileTooLarge(RequestError):
     """The file is larger than this server accepts."""
 
     code = "file_too_large"
+
+
+class BatchTooLarge(RequestError):
+    """The files of the batch are larger together than this server accepts. Send them in several \
+batches."""
+
+    code = "batch_too_large"
 
 
 class UploadTooSlow(RequestError):

@@ -8,8 +8,10 @@ transcription:<fingerprint>#<number>  hash    its parent's run   a part of a lon
 holders:<fingerprint>                 set     as transcription   ids of the jobs that hold it
 transcript:<fingerprint>              string  retention          the result, rendered JSON
 transcript:<fingerprint>#<number>     string  its parent's run   a part's segments, JSON
-queue                                 zset    for ever           fingerprint -> queued at (us)
-parts                                 zset    for ever           part -> its parent's place (us)
+queue                                 zset    for ever           fingerprint -> its place: queued at
+                                                                 (us), moved by its priority
+waiting                               zset    for ever           the same -> queued at (us)
+parts                                 zset    for ever           part -> its parent's place
 leases                                zset    for ever           unit of work -> lease end (ms)
 transcripts                           zset    for ever           fingerprint -> its end (ms)
 transcript_sizes                      hash    for ever           fingerprint -> bytes
@@ -40,6 +42,7 @@ from __future__ import annotations
 PREFIX = "{whisper}:"
 
 QUEUE = PREFIX + "queue"
+WAITING = PREFIX + "waiting"
 PARTS = PREFIX + "parts"
 LEASES = PREFIX + "leases"
 TRANSCRIPTS = PREFIX + "transcripts"
@@ -101,6 +104,7 @@ LUA_PRELUDE = "\n".join(
         f"local {name.upper()} = '{value}'"
         for name, value in [
             ("queue", QUEUE),
+            ("waiting", WAITING),
             ("parts", PARTS),
             ("leases", LEASES),
             ("transcripts", TRANSCRIPTS),

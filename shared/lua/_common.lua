@@ -42,13 +42,42 @@ local function weight_of(unit)
   return stage ~= 'join' and tonumber(weight or '0') or 0
 end
 
+-- A priority is a head start: it counts as having been submitted so much earlier. So whatever waits
+-- is next at some time, and is never passed by what comes later than that.
+local HEAD_START_US = {high = 12 * 3600 * 1e6, low = -12 * 3600 * 1e6}
+
+local function head_start(priority)
+  return HEAD_START_US[priority] or 0
+end
+
+-- Where a transcription, or each of its parts, stands in its queue; and since when it waits.
+local function place_of(fp)
+  local queued_us, priority = unpack(redis.call('HMGET', transcription(fp), 'queued_us', 'priority'))
+  return digits(queued_us - head_start(priority)), queued_us
+end
+
 -- Into QUEUE or PARTS and out of it, with the weight of what waits in the counter `backlog`.
-local function enqueue(queue, unit, place)
+local function enqueue(queue, unit)
+  local place, queued_us = place_of(parent_of(unit) or unit)
   if redis.call('ZADD', queue, place, unit) == 1 then count('backlog', weight_of(unit)) end
+  if queue == QUEUE then redis.call('ZADD', WAITING, queued_us, unit) end
 end
 
 local function dequeue(queue, unit)
   if redis.call('ZREM', queue, unit) == 1 then count('backlog', 0 - weight_of(unit)) end
+  if queue == QUEUE then redis.call('ZREM', WAITING, unit) end
+end
+
+-- Somebody wants it sooner than those who wait for it already.
+local function lift(fp, priority)
+  local known = redis.call('HGET', transcription(fp), 'priority')
+  if head_start(priority) <= head_start(known) then return end
+  redis.call('HSET', transcription(fp), 'priority', priority or 'normal')
+  local place = place_of(fp)
+  redis.call('ZADD', QUEUE, 'XX', place, fp)
+  for number = 0, tonumber(redis.call('HGET', transcription(fp), 'parts') or '0') - 1 do
+    redis.call('ZADD', PARTS, 'XX', place, part(fp, number))
+  end
 end
 
 -- Learns from a unit that is completed how long a slot takes for its weight. What is older counts
@@ -173,9 +202,8 @@ local function end_transcription(fp, now, status, code, message, retention_ms, g
   return ids
 end
 
--- Back to its queue, at the place that its age gives it.
+-- Back to its queue, at its old place.
 local function requeue(unit)
-  local parent = parent_of(unit)
   redis.call('ZREM', LEASES, unit)
   redis.call('HSET', transcription(unit), 'status', 'queued')
   redis.call('HDEL', transcription(unit), 'claim_id', 'worker')
@@ -183,8 +211,7 @@ local function requeue(unit)
     set_progress(unit, '0')
     redis.call('HDEL', transcription(unit), 'started_ms')
   end
-  local queued_us = redis.call('HGET', transcription(parent or unit), 'queued_us')
-  enqueue(parent and PARTS or QUEUE, unit, queued_us)
+  enqueue(parent_of(unit) and PARTS or QUEUE, unit)
 end
 
 -- Removes a transcript and its place in the cache's books.

@@ -13,6 +13,8 @@ local id, fp, owner = ARGV[1], ARGV[2], ARGV[7]
 local retention_ms, grace_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
 local most_weight = tonumber(ARGV[10])
 local now = now_ms()
+local told = {}
+for n = 13, #ARGV, 2 do told[ARGV[n]] = ARGV[n + 1] end
 if redis.call('EXISTS', job(id)) == 1 then return {'exists', ''} end
 
 local status = redis.call('HGET', transcription(fp), 'status')
@@ -35,7 +37,7 @@ end
 
 local leader = outcome == 'joined' and redis.call('SRANDMEMBER', holders(fp)) or ''
 redis.call('HSET', job(id), 'fingerprint', fp, 'submitted_ms', digits(now), 'outcome', outcome)
-for n = 13, #ARGV, 2 do redis.call('HSET', job(id), ARGV[n], ARGV[n + 1]) end
+for name, value in pairs(told) do redis.call('HSET', job(id), name, value) end
 if owner ~= '' then
   redis.call('HSET', job(id), 'owner', owner)
   if outcome ~= 'hit' then hold(owner, id, ARGV[6]) end
@@ -46,11 +48,13 @@ count('submit_' .. outcome)
 if outcome == 'new' then
   redis.call('DEL', transcription(fp), holders(fp))
   drop_transcript(fp)
-  local queued_us = digits(now_us())
   redis.call('HSET', transcription(fp), 'status', 'queued', 'checksum', ARGV[3], 'options', ARGV[4],
-    'model', ARGV[5], 'queued_us', queued_us, 'attempts', '0', 'handbacks', '0', 'progress', '0',
-    'weight', digits(math.max(LEAST_WEIGHT, tonumber(ARGV[6]))))
-  enqueue(QUEUE, fp, queued_us)
+    'model', ARGV[5], 'queued_us', digits(now_us()), 'attempts', '0', 'handbacks', '0',
+    'progress', '0', 'weight', digits(math.max(LEAST_WEIGHT, tonumber(ARGV[6]))),
+    'priority', told.priority or 'normal')
+  enqueue(QUEUE, fp)
+elseif outcome == 'joined' then
+  lift(fp, told.priority)
 end
 redis.call('SADD', holders(fp), id)
 if outcome == 'hit' then
