@@ -35,7 +35,8 @@ from shared.errors import (
 WRITE_BYTES = 1024 * 1024  # one hop to a thread for each write, so writes are large
 MAX_FIELDS = 40
 MAX_FIELD_BYTES = 16 * 1024
-FORM_OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + 4096)  # what a form may add to its file
+HEADER_BYTES = 4096  # of a part; no legal one has so many
+FORM_OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + HEADER_BYTES)  # what a form adds to its file
 SNIFF_BYTES = 1024
 SLOWEST_BYTES_PER_SECOND = 1024
 
