@@ -18,7 +18,8 @@ import asyncio
 import random
 import time
 
-from api.store import NO_LIMITS, JobStore, Limits, Snapshot, Submission
+from api.snapshot import Snapshot
+from api.store import NO_LIMITS, JobStore, Limits, Submission
 from shared.errors import QueueFull, StorageFull
 from shared.settings import Settings
 from shared.storage import Manifest, Storage
@@ -57,12 +58,14 @@ class Admission:
         if self._storage.free_bytes() < self._settings.min_free_disk_bytes:
             raise StorageFull
 
-    async def submit(self, manifest: Manifest, limits: Limits = NO_LIMITS) -> Submission:
-        """Raises StoreUnavailable, QueueFull, TooManyJobs, AudioMinutesUsed."""
+    async def submit(
+        self, manifest: Manifest, limits: Limits = NO_LIMITS, least: str = ""
+    ) -> Submission:
+        """As JobStore.submit, but raises QueueFull where the job would wait too long."""
         look = await self.look()
         limit = self._settings.max_queue_seconds
         most_weight = look.weight_of_wait(limit) if limit else None
-        submission = await self._store.submit(manifest, most_weight, limits)
+        submission = await self._store.submit(manifest, most_weight, limits, least)
         if submission is None:
             raise self._refusal(look)
         return submission

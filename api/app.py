@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.staticfiles import StaticFiles
 
-from api import docs, errors, jobs, monitoring, transcriptions
+from api import batches, digests, docs, errors, jobs, lists, monitoring, transcriptions
 from api.access import Access
 from api.admission import Admission
 from api.dependencies import State
@@ -68,14 +68,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "X-API-Key", "X-Request-ID"],
-            expose_headers=["Location", "Retry-After", "X-Request-ID"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["Authorization", "Idempotency-Key", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Idempotent-Replayed", "Location", "Retry-After", "X-Request-ID"],
         )
     app.add_middleware(Observe, metrics=counted)
     app.add_middleware(Linger)
     errors.install(app)
     app.include_router(transcriptions.router)
+    app.include_router(digests.router)
+    app.include_router(batches.router)
+    app.include_router(lists.router)
     app.include_router(jobs.router)
     app.include_router(monitoring.router)
     app.include_router(docs.router)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
+from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from shared.errors import InvalidField
+from api.uploads import paced
+from shared.errors import InvalidField, MalformedBody
 from shared.job_options import JobOptions
 from shared.options import TranscriptionOptions
 
+MAX_BODY_BYTES = 64 * 1024  # without a file
 Options = TypeVar("Options", bound=BaseModel)
 
 
@@ -49,7 +54,31 @@ def form_schema() -> dict[str, Any]:
     return {"type": "object", "required": ["file"], "properties": properties}
 
 
-def options_of(fields: Mapping[str, str]) -> tuple[TranscriptionOptions, JobOptions]:
+async def read_fields(request: Request, patience_seconds: float) -> dict[str, Any]:
+    """The fields of a body without a file: a JSON object, or a simple form. Raises MalformedBody,
+    UploadTooSlow."""
+    body = bytearray()
+    async for chunk in paced(request.stream(), patience_seconds):
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise MalformedBody
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            fields = json.loads(body)
+        elif kind == "application/x-www-form-urlencoded":
+            pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
+            fields = dict(pairs) if len(dict(pairs)) == len(pairs) else None
+        else:
+            fields = None
+    except (ValueError, RecursionError) as exc:
+        raise MalformedBody from exc
+    if not isinstance(fields, dict):
+        raise MalformedBody
+    return fields
+
+
+def options_of(fields: Mapping[str, Any]) -> tuple[TranscriptionOptions, JobOptions]:
     """What the fields ask for. Raises InvalidField naming every field that is wrong."""
     of_job = {name: value for name, value in fields.items() if name in JobOptions.model_fields}
     others = {name: value for name, value in fields.items() if name not in of_job}
@@ -62,7 +91,7 @@ def options_of(fields: Mapping[str, str]) -> tuple[TranscriptionOptions, JobOpti
 
 
 def _validated(
-    kind: type[Options], fields: Mapping[str, str], problems: list[tuple[str, str]]
+    kind: type[Options], fields: Mapping[str, Any], problems: list[tuple[str, str]]
 ) -> Options | None:
     try:
         return kind.model_validate(fields)

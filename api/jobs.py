@@ -1,4 +1,4 @@
-"""GET /status, GET /result, DELETE /jobs: a job as its caller sees it."""
+"""GET /status, GET /result, DELETE /jobs: one job as its caller sees it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from api.access import audit, caller_of
 from api.dependencies import state_of
 from api.errors import answers
 from api.intake import links
-from api.store import Snapshot
+from api.snapshot import Snapshot
 from shared.errors import (
     InvalidField,
     JobCancelled,
+    JobEndedAlready,
     JobExpired,
     JobFailed,
     JobNotFound,
@@ -93,6 +94,7 @@ def view(job: Job, look: Snapshot | None = None) -> JobView:
         progress=job.progress,
         queue_position=job.queue_position,
         estimated_wait_seconds=estimated_wait_seconds(job, look),
+        batch_id=job.batch_id,
         deduplicated=job.outcome != "new",
         metadata=job.options.metadata,
         priority=job.options.priority,
@@ -183,20 +185,39 @@ async def partial(job_id: str, request: Request, response: Response) -> JobParti
 )
 async def delete(job_id: str, request: Request) -> JobEnded:
     """Cancels an unfinished job; erases a finished one, and its transcript with the last job."""
-    state = state_of(request)
-    job_id = job_id_of(job_id)
-    sees = caller_of(request).sees
-    outcome, options = await state.store.cancel(job_id, sees)
+    return await end(request, job_id_of(job_id))
+
+
+@router.delete("/job/{job_id}", response_model=JobEnded, include_in_schema=False)
+async def delete_by_old_name(job_id: str, request: Request) -> JobEnded:
+    return await delete(job_id, request)
+
+
+@router.post(
+    "/jobs/{job_id}/cancel",
+    response_model=JobEnded,
+    summary="Cancel a job",
+    responses=answers(JobNotFound, JobEndedAlready, StoreUnavailable),
+)
+async def cancel(job_id: str, request: Request) -> JobEnded:
+    """Cancels an unfinished job, and never erases anything."""
+    return await end(request, job_id_of(job_id), erases=False)
+
+
+async def end(request: Request, job_id: str, *, erases: bool = True) -> JobEnded:
+    """Cancels the job; one that has ended already is erased. Raises JobNotFound, JobEndedAlready
+    where nothing is to be erased, StoreUnavailable."""
+    state, sees = state_of(request), caller_of(request).sees
+    outcome, options, given_up = await state.store.cancel(job_id, sees)
+    if outcome == "finished" and not erases:
+        raise JobEndedAlready
     if outcome == "finished":
         outcome, options = await state.store.erase(job_id, sees)
     if outcome == "unknown":
         raise JobNotFound
     audit(request, f"job_{outcome}", job_id)
     await asyncio.to_thread(state.storage.remove, job_id)
+    if given_up:
+        await asyncio.to_thread(state.storage.remove_parts, given_up)
     status, message = ENDS[outcome]
     return JobEnded(job_id=job_id, status=status, message=message, metadata=options.metadata)
-
-
-@router.delete("/job/{job_id}", response_model=JobEnded, include_in_schema=False)
-async def delete_by_old_name(job_id: str, request: Request) -> JobEnded:
-    return await delete(job_id, request)

@@ -25,7 +25,7 @@ from prometheus_client.metrics_core import Metric
 
 from api.dependencies import State, state_of
 from api.errors import answers
-from api.store import Snapshot
+from api.snapshot import Snapshot
 from shared.broker import QUEUE_NAME
 from shared.errors import StorageFull, StoreFull, StoreUnavailable
 from shared.metrics import VERSION

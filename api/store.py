@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from math import ceil
@@ -22,13 +21,17 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import RedisError, ResponseError
 
+from api.snapshot import Snapshot
 from shared import keys
 from shared.broker import QUEUE_NAME, doorbell, short
 from shared.errors import (
     AudioMinutesUsed,
+    DigestUnknown,
+    IdempotencyConflict,
     JobExpired,
     JobNotFound,
     LimitReached,
+    RequestError,
     StoreFull,
     StoreUnavailable,
     TooManyJobs,
@@ -42,9 +45,10 @@ from shared.storage import Manifest
 
 log = logging.getLogger(__name__)
 
-VERBS = ("submit", "read", "cancel", "erase")
+VERBS = ("submit", "known", "read", "list", "cancel", "erase")
 RETRY_AFTER_SECONDS = 5
 FULL_RETRY_AFTER_SECONDS = 30
+LOOK_AT_JOBS = 100  # in one page, whatever becomes of them
 ADMIT_BELOW = 0.75  # of maxmemory
 
 
@@ -52,8 +56,8 @@ ADMIT_BELOW = 0.75  # of maxmemory
 class Submission:
     """What submit found."""
 
-    outcome: str  # new | joined | hit
-    leader: str  # id of a job that holds the same input; '' if none
+    outcome: str  # new | joined | hit | replayed
+    other: str  # id of a job that holds the same input, or that the request made before; '' if none
 
 
 @dataclass(frozen=True)
@@ -70,47 +74,20 @@ class Limits:
         return None if self.audio_minutes is None else self.audio_minutes * 60_000
 
 
+@dataclass(frozen=True)
+class JobList:
+    """Which jobs: those of an owner ('' without API keys), or those of a batch."""
+
+    owner: str = ""
+    batch_id: str = ""
+
+
 NO_LIMITS = Limits()
 LIMITS: dict[str, type[LimitReached]] = {"jobs": TooManyJobs, "audio": AudioMinutesUsed}
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The queue and the workers at one moment."""
-
-    queued: int  # transcriptions
-    oldest_queued_seconds: float
-    processing: int
-    counters: Mapping[str, int]
-    workers: tuple[Mapping[str, Any], ...]  # what each live worker says of itself
-    memory_used_bytes: int = 0
-    memory_max_bytes: int = 0  # 0: the server has no limit
-    parts: int = 0  # of long recordings, that wait
-    backlog: int = 0  # weight of all that waits
-    slot_seconds: float | None = None  # for a unit of weight; None: nothing was completed yet
-    slots: int = 0  # of the live workers; where none lives, of those that were seen last
-
-    @property
-    def backlog_seconds(self) -> float | None:
-        """How long one slot would need for all that waits. None: nobody knows yet."""
-        return None if self.slot_seconds is None else self.backlog * self.slot_seconds
-
-    @property
-    def wait_seconds(self) -> float | None:
-        """How long a job that comes now would wait. None: nobody knows yet."""
-        if self.backlog_seconds is None or not self.slots:
-            return None
-        return self.backlog_seconds / self.slots
-
-    def weight_of_wait(self, seconds: float) -> int | None:
-        """How much may wait when nobody shall wait longer than that. None: nobody knows yet."""
-        if not self.slot_seconds or not self.slots:
-            return None
-        return int(seconds * self.slots / self.slot_seconds)
-
-    @property
-    def warm_workers(self) -> int:
-        return sum(1 for worker in self.workers if worker.get("warm"))
+REFUSALS: dict[str, type[RequestError]] = {
+    "conflict": IdempotencyConflict,
+    "unknown": DigestUnknown,
+}
 
 
 def connect(settings: Settings) -> Redis:
@@ -184,11 +161,15 @@ class JobStore:
         manifest: Manifest,
         most_weight: int | None = None,
         limits: Limits = NO_LIMITS,
+        least: str = "",
     ) -> Submission | None:
         """Queues, joins or answers from the cache, in one step; then rings for a worker. None: it
-        would have to be queued, and more than `most_weight` waits already. Raises TooManyJobs,
-        AudioMinutesUsed by its owner's `limits`."""
-        outcome, leader, *ms = await self._run(
+        would have to be queued, and more than `most_weight` waits already. `least`: hit, for an
+        answer from the cache or none; joined, for that or joining.
+
+        Raises TooManyJobs, AudioMinutesUsed by its owner's `limits`, IdempotencyConflict,
+        DigestUnknown where there is not the `least`."""
+        outcome, other, *ms = await self._run(
             "submit",
             *manifest.identity,
             self._settings.retention_ms,
@@ -196,17 +177,26 @@ class JobStore:
             given(most_weight),
             given(limits.jobs),
             given(limits.audio_ms),
+            least,
             *chain(*manifest.job_options.items()),
         )
         if outcome == "full":
             return None
         if outcome in LIMITS:
             raise LIMITS[outcome](retry_after_seconds=ceil(ms[0] / 1000))
+        if outcome in REFUSALS:
+            raise REFUSALS[outcome]
         if outcome == "exists":
             outcome = "new"  # a reaper found the manifest first, and submitted it for us
         if outcome == "new":
             await self._ring(short(manifest.fingerprint))
-        return Submission(outcome, leader)
+        return Submission(outcome, other)
+
+    async def known(self, fingerprint: str) -> tuple[str, list[str]]:
+        """new | joined | hit, as a submission would be, and for joined some of the jobs that it
+        would join."""
+        outcome, holders = await self._run("known", fingerprint, self._settings.model_key)
+        return outcome, holders
 
     async def read(self, job_id: str, seen_by: str) -> Job:
         """Raises JobNotFound, JobExpired."""
@@ -217,6 +207,23 @@ class JobStore:
         if job.is_expired:
             raise JobExpired
         return job
+
+    async def page(
+        self, listed: JobList, seen_by: str, cursor: str, status: str, most: int
+    ) -> tuple[list[Job], str]:
+        """At most `most` jobs, the newest first, and the cursor of the next page, '' if there is
+        none. Expired jobs are not listed. `status`: '' for any."""
+        cursor, found = await self._run(
+            "list", listed.owner, listed.batch_id, seen_by, cursor, status, most, LOOK_AT_JOBS
+        )
+        return [Job.of(job_id, reply) for job_id, reply in found], cursor
+
+    async def batch(self, batch_id: str) -> list[str]:
+        """The ids of its jobs, in the order of the files, whoever may see them."""
+        try:
+            return [str(each) for each in await self._redis.zrange(keys.batch(batch_id), 0, -1)]
+        except RedisError as exc:
+            raise unavailable(exc) from exc
 
     async def transcript(self, job: Job) -> bytes:
         """The rendered JSON of a completed job. Raises JobExpired when it is gone."""
@@ -244,12 +251,13 @@ class JobStore:
         ]
         return [Segment.model_validate({**s, "id": n}) for n, s in enumerate(segments)]
 
-    async def cancel(self, job_id: str, seen_by: str) -> tuple[str, JobOptions]:
-        """unknown | finished | cancelled, and what the job was told."""
-        outcome, record = await self._run(
+    async def cancel(self, job_id: str, seen_by: str) -> tuple[str, JobOptions, str]:
+        """unknown | finished | cancelled, what the job was told, and the fingerprint of its
+        transcription if that ended, too, else ''."""
+        outcome, record, given_up = await self._run(
             "cancel", job_id, seen_by, self._settings.retention_ms, self._settings.grace_ms
         )
-        return outcome, JobOptions.of(pairs(record))
+        return outcome, JobOptions.of(pairs(record)), given_up
 
     async def erase(self, job_id: str, seen_by: str) -> tuple[str, JobOptions]:
         """unknown | unfinished | erased, and what the job was told."""
@@ -262,7 +270,7 @@ class JobStore:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.time()
                 pipe.zcard(keys.QUEUE)
-                pipe.zrange(keys.QUEUE, 0, 0, withscores=True)
+                pipe.zrange(keys.WAITING, 0, 0, withscores=True)
                 pipe.zcard(keys.LEASES)
                 pipe.hgetall(keys.COUNTERS)
                 pipe.zrange(keys.WORKERS, 0, -1)

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
+from api import idempotency
 from api.dependencies import state_of
 from api.errors import answers
 from api.forms import form_schema, options_of
-from api.intake import Arrival, take_in
+from api.intake import Arrival, announced_bytes, show, take_in
 from api.uploads import receive
 from shared.errors import (
     AudioMinutesUsed,
     EmptyFile,
     FileTooLarge,
+    IdempotencyConflict,
     InvalidField,
     MalformedUpload,
     MissingFile,
@@ -44,6 +46,7 @@ router = APIRouter(tags=["transcription"])
         MissingFile,
         EmptyFile,
         InvalidField,
+        IdempotencyConflict,
         StoreUnavailable,
         StoreFull,
         QueueFull,
@@ -52,10 +55,11 @@ router = APIRouter(tags=["transcription"])
         StorageFull,
     ),
     openapi_extra={
+        "parameters": [idempotency.PARAMETER],
         "requestBody": {
             "required": True,
             "content": {"multipart/form-data": {"schema": form_schema()}},
-        }
+        },
     },
 )
 async def transcribe(request: Request, response: Response) -> JobAccepted:
@@ -77,13 +81,4 @@ async def transcribe(request: Request, response: Response) -> JobAccepted:
         return Arrival(received.checksum, received.size_bytes, options, job)
 
     settings = state_of(request).settings
-    accepted = await take_in(request, upload, announced_bytes(request))
-    response.headers["Location"] = accepted.links.status
-    response.headers["Retry-After"] = "1"
-    return accepted
-
-
-def announced_bytes(request: Request) -> int | None:
-    """The length of the body, where its sender says it."""
-    announced = request.headers.get("content-length", "")
-    return int(announced) if announced.isdigit() else None
+    return show(response, await take_in(request, upload, announced_bytes(request)))

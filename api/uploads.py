@@ -1,7 +1,7 @@
 """The way of an upload's bytes: request stream -> parser -> storage, hashed and counted as they go.
 
 Memory stays flat whatever the size: at most one write buffer is held. Options may come before or
-after the file. Nothing of a refused or broken upload stays on disk.
+after the files. Nothing of a refused or broken upload stays on disk.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiofiles
+from aiofiles.threadpool.binary import AsyncBufferedIOBase
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from shared.errors import (
+    BatchTooLarge,
     EmptyFile,
     FileTooLarge,
     InvalidField,
     MalformedUpload,
     MissingFile,
     NotAudio,
+    RequestError,
     StorageFull,
     UploadTooSlow,
 )
@@ -32,9 +35,13 @@ from shared.errors import (
 WRITE_BYTES = 1024 * 1024  # one hop to a thread for each write, so writes are large
 MAX_FIELDS = 40
 MAX_FIELD_BYTES = 16 * 1024
-FORM_OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + 4096)  # what a form may add to its file
+HEADER_BYTES = 4096  # of a part; no legal one has so many
+FORM_OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + HEADER_BYTES)  # what a form adds to its file
 SNIFF_BYTES = 1024
 SLOWEST_BYTES_PER_SECOND = 1024
+
+
+Place = Callable[[], Awaitable[Path]]
 
 
 @dataclass
@@ -47,14 +54,59 @@ class Upload:
 
 
 @dataclass
+class ArrivedFile:
+    """One file of a form, as far as it has arrived."""
+
+    size_bytes: int = 0
+    error: RequestError | None = None  # what is wrong with it, where that ends not the whole form
+    pending: bytearray = field(default_factory=bytearray)  # not yet written
+    is_complete: bool = False
+    _sniffed: bool = False
+    _hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _disk: AsyncBufferedIOBase | None = None
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256, hex."""
+        return self._hash.hexdigest()
+
+    def sniff(self) -> None:
+        """Raises NotAudio as soon as that can be seen."""
+        if not self._sniffed and (self.is_complete or len(self.pending) >= SNIFF_BYTES):
+            refuse_text(self.pending[:SNIFF_BYTES])
+            self._sniffed = True
+
+    async def write_out(self, place: Place) -> None:
+        """To the disk what is worth a write, or all when there will be no more."""
+        if self._disk is None:
+            self._disk = await aiofiles.open(await place(), "wb", opener=_keeping_its_place)
+        if self.error:
+            self.pending = bytearray()
+            await self._disk.seek(0)
+            await self._disk.truncate()
+        elif len(self.pending) >= WRITE_BYTES or self.is_complete:
+            self._hash.update(self.pending)
+            await self._disk.write(self.pending)
+            self.pending = bytearray()
+        if self.is_complete:
+            await self._disk.truncate()
+            await self.close()
+
+    async def close(self) -> None:
+        if self._disk:
+            await self._disk.close()
+
+
+@dataclass
 class _Form:
-    """What the parser's callbacks have seen so far."""
+    """What the parser's callbacks have seen so far. Where it may hold several files, what is wrong
+    with one of them is that file's error; where it may hold one, it is the form's."""
 
     max_file_bytes: int
+    max_files: int = 1
+    max_bytes: int | None = None  # of all files together
     fields: dict[str, str] = field(default_factory=dict)
-    file_seen: bool = False
-    file_bytes: int = 0
-    pending: bytearray = field(default_factory=bytearray)  # file bytes not yet written
+    files: list[ArrivedFile] = field(default_factory=list)
     is_complete: bool = False
     _header_name: bytes = b""
     _header_value: bytes = b""
@@ -85,14 +137,12 @@ class _Form:
         self._name = name.decode("utf-8", "replace")
         self._in_file = self._name == "file"
         if self._in_file:
-            if self.file_seen:
-                raise InvalidField([("file", "was sent twice; send one file in each request")])
             if b"filename" not in options and b"filename*" not in options:
                 raise MissingFile(
                     "The field `file` was sent as text, not as a file; with curl, "
                     'put an @ before the path: -F "file=@audio.mp3".'
                 )
-            self.file_seen = True
+            self._begin_file()
         elif self._name in self.fields:
             raise InvalidField([(self._name[:64], "was sent twice")])
         elif len(self.fields) >= MAX_FIELDS:
@@ -104,26 +154,53 @@ class _Form:
             if len(self._value) > MAX_FIELD_BYTES:
                 raise InvalidField([(self._name[:64], f"is longer than {MAX_FIELD_BYTES} bytes")])
             return
-        self.file_bytes += end - start
-        if self.file_bytes > self.max_file_bytes:
-            raise too_large(self.max_file_bytes)
-        self.pending += data[start:end]
+        file = self.files[-1]
+        file.size_bytes += end - start
+        if self.max_bytes and sum(each.size_bytes for each in self.files) > self.max_bytes:
+            raise batch_too_large(self.max_bytes)
+        if file.size_bytes > self.max_file_bytes:
+            self.refuse(file, too_large(self.max_file_bytes))
+        if not file.error:
+            file.pending += data[start:end]
 
     def on_part_end(self) -> None:
-        if not self._in_file:
-            try:
-                self.fields[self._name] = self._value.decode()
-            except UnicodeDecodeError as exc:
-                raise InvalidField([(self._name[:64], "is not UTF-8 text")]) from exc
+        if self._in_file:
+            self.files[-1].is_complete = True
+            if not self.files[-1].size_bytes:
+                self.refuse(self.files[-1], EmptyFile())
+            return
+        try:
+            self.fields[self._name] = self._value.decode()
+        except UnicodeDecodeError as exc:
+            raise InvalidField([(self._name[:64], "is not UTF-8 text")]) from exc
 
     def on_end(self) -> None:
         self.is_complete = True
+
+    def refuse(self, file: ArrivedFile, error: RequestError) -> None:
+        if self.max_files == 1:
+            raise error
+        file.error = file.error or error
+
+    def _begin_file(self) -> None:
+        if len(self.files) == self.max_files == 1:
+            raise InvalidField([("file", "was sent twice; send one file in each request")])
+        if len(self.files) >= self.max_files:
+            raise InvalidField([("file", f"was sent more than {self.max_files} times")])
+        self.files.append(ArrivedFile())
 
 
 def too_large(max_bytes: int) -> FileTooLarge:
     return FileTooLarge(
         f"The file is larger than {max_bytes // (1024 * 1024)} MB, the most this server accepts. "
         "Send a shorter or more compressed recording."
+    )
+
+
+def batch_too_large(max_bytes: int) -> BatchTooLarge:
+    return BatchTooLarge(
+        f"The files are larger together than {max_bytes // (1024 * 1024)} MB, the most that this "
+        "server accepts at once. Send them in several batches."
     )
 
 
@@ -158,45 +235,80 @@ async def receive(
     max_file_bytes: int,
     patience_seconds: float = 30,
 ) -> Upload:
-    """Writes the form's file to `path` while it arrives.
+    """Writes the form's one file to `path` while it arrives.
 
     Raises MalformedUpload, MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField,
     StorageFull, UploadTooSlow; whoever called removes what was written.
     """
+
+    async def place() -> Path:
+        return path
+
     form = _Form(max_file_bytes)
+    await _take(form, stream, content_type, place, patience_seconds)
+    return Upload(form.files[0].checksum, form.files[0].size_bytes, form.fields)
+
+
+async def receive_files(
+    stream: AsyncIterator[bytes],
+    content_type: str,
+    place: Place,
+    limits: tuple[int, int, int],
+    patience_seconds: float = 30,
+) -> tuple[list[ArrivedFile], dict[str, str]]:
+    """Writes each of the form's files to the path that `place` gives for it, one after the other;
+    returns them in their order, and the other fields.
+
+    `limits`: the bytes of a file, the number of files, the bytes of all. A file that is empty, too
+    large or text has an `error`. Raises what `receive` raises for the whole form, BatchTooLarge,
+    and whatever `place` raises.
+    """
+    max_file_bytes, max_files, max_bytes = limits
+    form = _Form(max_file_bytes, max_files, max_bytes)
+    await _take(form, stream, content_type, place, patience_seconds)
+    return form.files, form.fields
+
+
+async def _take(
+    form: _Form,
+    stream: AsyncIterator[bytes],
+    content_type: str,
+    place: Place,
+    patience_seconds: float,
+) -> None:
     parser = parser_for(content_type, form)
-    checksum = hashlib.sha256()
-    sniffed = False
+    written = 0  # files that are on the disk as a whole
     try:
-        async with aiofiles.open(path, "wb", opener=_keeping_its_place) as file:
-            async for chunk in paced(stream, patience_seconds):
-                parser.write(chunk)
-                if not sniffed and len(form.pending) >= SNIFF_BYTES:
-                    refuse_text(form.pending[:SNIFF_BYTES])
-                    sniffed = True
-                if len(form.pending) >= WRITE_BYTES:
-                    checksum.update(form.pending)
-                    await file.write(form.pending)
-                    form.pending = bytearray()
-            parser.finalize()
-            if not sniffed:
-                refuse_text(form.pending)
-            checksum.update(form.pending)
-            await file.write(form.pending)
-            await file.truncate()
+        async for chunk in paced(stream, patience_seconds):
+            parser.write(chunk)
+            written = await _write_out(form, written, place)
+        parser.finalize()
+        await _write_out(form, written, place)
     except FormParserError as exc:
         raise MalformedUpload(f"The multipart body is damaged: {exc}") from exc
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise StorageFull from exc
         raise
+    finally:
+        for file in form.files:
+            await file.close()
     if not form.is_complete:
         raise MalformedUpload("The multipart body ends early: its closing boundary is missing.")
-    if not form.file_seen:
+    if not form.files:
         raise MissingFile
-    if form.file_bytes == 0:
-        raise EmptyFile
-    return Upload(checksum.hexdigest(), form.file_bytes, form.fields)
+
+
+async def _write_out(form: _Form, written: int, place: Place) -> int:
+    """What the parser has seen of the files goes to the disk. Returns how many are done."""
+    for file in form.files[written:]:
+        try:
+            file.sniff()
+        except NotAudio as exc:
+            form.refuse(file, exc)
+        await file.write_out(place)
+        written += file.is_complete
+    return written
 
 
 def _keeping_its_place(path: str, flags: int) -> int:

@@ -4,9 +4,13 @@ ServiceError
 ├── RequestError              the caller can mend it by sending something else
 │   ├── InvalidField          a form field has a wrong value (names the field)
 │   ├── MalformedUpload       the body is not a multipart form we can read
-│   ├── MissingFile, EmptyFile, FileTooLarge, NotAudio, UploadTooSlow
+│   ├── MalformedBody         nor JSON, nor a simple form
+│   ├── MissingFile, EmptyFile, FileTooLarge, BatchTooLarge, NotAudio, UploadTooSlow
 │   ├── Unauthorized, Forbidden   no valid API key, or one that may not do that
-│   ├── JobNotFound, JobExpired
+│   ├── IdempotencyConflict   the key was used for another request
+│   ├── DigestUnknown         the file has to be uploaded
+│   ├── ListingOff            no list of jobs without API keys
+│   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
 │   ├── StoreUnavailable      Redis does not answer
@@ -63,6 +67,13 @@ for example: curl -F "file=@audio.mp3" ..."""
     code = "malformed_upload"
 
 
+class MalformedBody(RequestError):
+    """The body is neither a JSON object nor a form (application/x-www-form-urlencoded), or is \
+larger than 64 KiB."""
+
+    code = "malformed_body"
+
+
 class MissingFile(RequestError):
     """No file was sent. Send the audio as the form field `file`, \
 for example: curl -F "file=@audio.mp3" ..."""
@@ -80,6 +91,13 @@ class FileTooLarge(RequestError):
     """The file is larger than this server accepts."""
 
     code = "file_too_large"
+
+
+class BatchTooLarge(RequestError):
+    """The files of the batch are larger together than this server accepts. Send them in several \
+batches."""
+
+    code = "batch_too_large"
 
 
 class UploadTooSlow(RequestError):
@@ -105,6 +123,32 @@ class Forbidden(RequestError):
     """The API key is valid, but was not made for this."""
 
     code = "forbidden"
+
+
+class IdempotencyConflict(RequestError):
+    """The Idempotency-Key was used before, for other bytes or other fields. Send a new key with \
+each new request."""
+
+    code = "idempotency_conflict"
+
+
+class DigestUnknown(RequestError):
+    """Nothing is known of a file with this digest and these options. Upload the file."""
+
+    code = "digest_unknown"
+
+
+class ListingOff(RequestError):
+    """This service lists no jobs: without API keys, whoever knows a job's id can read it. Its \
+settings AUTH=keys or LIST_JOBS=true change that."""
+
+    code = "listing_off"
+
+
+class BatchNotFound(RequestError):
+    """There is no batch with this id, or all of its jobs are expired or erased."""
+
+    code = "batch_not_found"
 
 
 class JobNotFound(RequestError):
@@ -134,6 +178,12 @@ class JobFailed(RequestError):
         """`code`, `message`: the failure's own."""
         super().__init__(message)
         self.code = code
+
+
+class JobEndedAlready(RequestError):
+    """The job has ended, so it can't be cancelled. DELETE erases it."""
+
+    code = "job_ended"
 
 
 class JobCancelled(RequestError):

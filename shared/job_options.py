@@ -90,7 +90,8 @@ class JobOptions(BaseModel):
         {}, description="JSON object of yours that comes back wherever the job is shown."
     )
     priority: Priority = Field(
-        Priority.NORMAL, description="`high` goes before, `low` after what came at the same time."
+        Priority.NORMAL,
+        description="`high` counts as submitted twelve hours earlier, `low` as twelve hours later.",
     )
 
     @field_validator("*", mode="before")

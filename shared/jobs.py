@@ -115,6 +115,8 @@ class Job:
     status: JobStatus
     outcome: str  # what submit did: new | joined | hit
     options: JobOptions
+    batch_id: str | None
+    batch_number: int  # which of the batch's files, counted from 0
     progress: float  # share of the audio that is transcribed, 0 to 1
     queue_position: int | None  # 1 is next; None unless queued
     attempts: int  # how often a worker began it
@@ -129,12 +131,12 @@ class Job:
 
     @classmethod
     def of(cls, job_id: str, reply: list[Any]) -> Job:
-        """From the non-empty reply of read.lua."""
+        """From what seen_job() of _common.lua gives."""
         now_ms, job_fields, transcription_fields, rank, has_transcript = reply
         job = pairs(job_fields)
         # A job that has ended kept the facts of its own run.
         work = job if "status" in job else pairs(transcription_fields)
-        status = JobStatus(work.get("status", JobStatus.QUEUED))
+        status = JobStatus(work.get("status") or JobStatus.QUEUED)
         is_past = "expires_ms" in job and int(job["expires_ms"]) <= int(now_ms)
         is_gone = status is JobStatus.COMPLETED and not has_transcript
         return cls(
@@ -143,6 +145,8 @@ class Job:
             status=status,
             outcome=job["outcome"],
             options=JobOptions.of(job),
+            batch_id=job.get("batch"),
+            batch_number=int(job.get("batch_number", 0)),
             progress=1.0 if status is JobStatus.COMPLETED else _share(work.get("progress")),
             queue_position=int(rank) + 1 if status is JobStatus.QUEUED and int(rank) >= 0 else None,
             attempts=int(work.get("attempts") or 0),

@@ -3,13 +3,21 @@
 name (after the `{whisper}:` prefix)  type    lifetime           meaning
 ------------------------------------  ------  -----------------  ----------------------------------
 job:<job id>                          hash    retention + grace  one caller's claim ticket
+jobs:<name>                           zset    while there are    its jobs -> submitted at (us)
+batch:<batch id>                      zset    while there are    its jobs -> their number in it
+listed                                zset    for ever           job id/batch id/name -> when it
+                                                                 leaves these two lists (ms)
+idempotency:<name>/<key's SHA-256>    hash    retention          the jobs of one Idempotency-Key,
+                                                                 and the digest of its request
 transcription:<fingerprint>           hash    retention + grace  the unit of work behind jobs
 transcription:<fingerprint>#<number>  hash    its parent's run   a part of a long recording
 holders:<fingerprint>                 set     as transcription   ids of the jobs that hold it
 transcript:<fingerprint>              string  retention          the result, rendered JSON
 transcript:<fingerprint>#<number>     string  its parent's run   a part's segments, JSON
-queue                                 zset    for ever           fingerprint -> queued at (us)
-parts                                 zset    for ever           part -> its parent's place (us)
+queue                                 zset    for ever           fingerprint -> its place: queued at
+                                                                 (us), moved by its priority
+waiting                               zset    for ever           the same -> queued at (us)
+parts                                 zset    for ever           part -> its parent's place
 leases                                zset    for ever           unit of work -> lease end (ms)
 transcripts                           zset    for ever           fingerprint -> its end (ms)
 transcript_sizes                      hash    for ever           fingerprint -> bytes
@@ -40,6 +48,7 @@ from __future__ import annotations
 PREFIX = "{whisper}:"
 
 QUEUE = PREFIX + "queue"
+WAITING = PREFIX + "waiting"
 PARTS = PREFIX + "parts"
 LEASES = PREFIX + "leases"
 TRANSCRIPTS = PREFIX + "transcripts"
@@ -47,11 +56,25 @@ TRANSCRIPT_SIZES = PREFIX + "transcript_sizes"
 COUNTERS = PREFIX + "counters"
 PACE = PREFIX + "pace"
 WORKERS = PREFIX + "workers"
+LISTED = PREFIX + "listed"
 API_KEYS = PREFIX + "api_keys"
 
 
 def job(job_id: str) -> str:
     return f"{PREFIX}job:{job_id}"
+
+
+def jobs(name: str) -> str:
+    """`name`: an API key's, who owns what is submitted with it; '' without keys; so below."""
+    return f"{PREFIX}jobs:{name}"
+
+
+def batch(batch_id: str) -> str:
+    return f"{PREFIX}batch:{batch_id}"
+
+
+def idempotency(name_and_key: str) -> str:
+    return f"{PREFIX}idempotency:{name_and_key}"
 
 
 def transcription(fingerprint: str) -> str:
@@ -80,7 +103,6 @@ def api_key(key_id: str) -> str:
 
 
 def rate(name: str) -> str:
-    """`name`: an API key's, who owns what is submitted with it; so below."""
     return f"{PREFIX}rate:{name}"
 
 
@@ -101,18 +123,23 @@ LUA_PRELUDE = "\n".join(
         f"local {name.upper()} = '{value}'"
         for name, value in [
             ("queue", QUEUE),
+            ("waiting", WAITING),
             ("parts", PARTS),
             ("leases", LEASES),
             ("transcripts", TRANSCRIPTS),
             ("transcript_sizes", TRANSCRIPT_SIZES),
             ("counters", COUNTERS),
             ("pace", PACE),
+            ("listed", LISTED),
         ]
     ]
     + [
         f"local function {function.__name__}(id) return '{function('')}' .. id end"
         for function in (
             job,
+            jobs,
+            batch,
+            idempotency,
             transcription,
             holders,
             transcript,

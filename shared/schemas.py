@@ -75,6 +75,12 @@ class Links(BaseModel):
     cancel: str
 
 
+class BatchLinks(BaseModel):
+    status: str
+    jobs: str
+    cancel: str
+
+
 class JobAccepted(BaseModel):
     """202 of POST /transcribe."""
 
@@ -87,6 +93,7 @@ class JobAccepted(BaseModel):
     metadata: Metadata
     priority: Priority
     links: Links
+    is_replayed: bool = Field(default=False, exclude=True)  # shown as a header
 
 
 class Failure(BaseModel):
@@ -111,6 +118,7 @@ class JobView(BaseModel):
     priority: Priority
     attempts: int = Field(description="How often a worker began it.")
     duration: float | None = Field(None, description="Seconds of audio, once known.")
+    batch_id: str | None = Field(None, description="The batch that it came with.")
     submitted_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -119,6 +127,15 @@ class JobView(BaseModel):
     processing_seconds: float | None = Field(None, description="From its start to its end.")
     error: Failure | None = None
     links: Links
+
+
+class JobPage(BaseModel):
+    """GET /jobs."""
+
+    jobs: list[JobView] = Field(description="The newest first; may be fewer than asked for.")
+    next_cursor: str | None = Field(
+        description="Send it as `cursor` for the next page; null after the last."
+    )
 
 
 class JobResult(Transcript):
@@ -158,12 +175,48 @@ class JobPartial(BaseModel):
 
 
 class JobEnded(BaseModel):
-    """DELETE /jobs/{job_id}."""
+    """DELETE /jobs/{job_id}, POST /jobs/{job_id}/cancel."""
 
     job_id: str
     status: str = Field(description="cancelled: it was unfinished; deleted: its result is erased.")
     message: str
     metadata: Metadata
+
+
+class BatchEntry(BaseModel):
+    """What became of one file: a job, or an error."""
+
+    file: int = Field(description="Which of the files that were sent, counted from 0.")
+    job: JobAccepted | None = None
+    error: Failure | None = None
+
+
+class BatchAccepted(BaseModel):
+    """202 of POST /batches."""
+
+    batch_id: str
+    accepted: int = Field(description="How many of the files have a job.")
+    refused: int = Field(description="How many have an error.")
+    jobs: list[BatchEntry] = Field(description="In the order of the files.")
+    links: BatchLinks
+
+
+class BatchView(BaseModel):
+    """GET /batches/{batch_id}."""
+
+    batch_id: str
+    is_done: bool = Field(description="All of its jobs have ended.")
+    counts: dict[JobStatus, int] = Field(description="How many of its jobs have each status.")
+    jobs: list[JobView] = Field(
+        description="In the order of the files; expired and erased ones are not in it."
+    )
+
+
+class BatchEnded(BaseModel):
+    """DELETE /batches/{batch_id}."""
+
+    batch_id: str
+    jobs: list[JobEnded] = Field(description="In the order of the files.")
 
 
 class FieldProblem(BaseModel):

@@ -24,7 +24,7 @@ _ALLOWED_OVER_MEMORY = frozenset(
     }
 )
 # These answer also while a server refuses to write, as with a full disk.
-_READING = frozenset({"read"})
+_READING = frozenset({"read", "known", "list"})
 
 
 def source(verb: str, *, has_flags: bool) -> str:

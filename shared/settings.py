@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     share_results: bool = Field(
         False, description="Callers with different keys share the transcript of the same file."
     )
+    list_jobs: bool = Field(
+        False, description="Without API keys: GET /jobs lists all jobs to whoever asks."
+    )
     cors_origins: str = Field(
         "", description="Origins whose pages may read answers, comma-separated, or *."
     )

@@ -37,7 +37,8 @@ class Manifest:
     model: str
     size_bytes: int = 0  # of the audio
     owner: str = ""  # name of the API key that it was submitted with; '' without keys
-    job_options: dict[str, str] = field(default_factory=dict)  # JobOptions.record()
+    # What the job's record keeps besides: JobOptions.record(), its batch, its Idempotency-Key.
+    job_options: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> tuple[str | int, ...]:
@@ -87,6 +88,22 @@ class Storage:
         part.rename(folder / "audio")
         _write(folder / "manifest.json", json.dumps(asdict(manifest)).encode())
         _sync(self.root)
+
+    def borrow_audio(self, leaders: Iterable[str], job_id: str) -> int | None:
+        """Takes the bytes of the first of these jobs that still has them as what has arrived for
+        `job_id`: a link, or a copy where the file system has none. How many; None: nobody has them.
+        """
+        part = self.folder(job_id) / "audio.part"
+        for leader in leaders:
+            with suppress(FileNotFoundError):  # it is done, and gone
+                try:
+                    os.link(self.audio(leader), part)
+                except FileNotFoundError:
+                    raise
+                except OSError:
+                    shutil.copyfile(self.audio(leader), part)
+                return part.stat().st_size
+        return None
 
     def share_audio(self, leader: str, job_id: str) -> None:
         """Replaces the job's copy of the audio by a link to the same bytes of `leader`."""

@@ -134,7 +134,7 @@ class Reaper(threading.Thread):
                 "the store had lost a job",
                 extra={"action": "job_resubmitted", "job_id": job_id, "outcome": outcome},
             )
-            if outcome == "hit":
+            if outcome in {"hit", "replayed", "conflict"}:  # it needs no upload
                 self._remove(job_id, "upload")
 
     def _remove(self, job_id: str, kind: str) -> None:

@@ -161,13 +161,14 @@ class WorkerStore:
         return int(self._run("evict", max_bytes))
 
     def resubmit(self, manifest: Manifest) -> str:
-        """new | joined | hit | exists, as the API's own submit."""
+        """new | joined | hit | exists; or replayed | conflict, where a request with the same
+        Idempotency-Key has made another job meanwhile."""
         outcome, _ = self._run(
             "submit",
             *manifest.identity,
             self._settings.retention_ms,
             self._settings.grace_ms,
-            *("", "", ""),  # no limits: it was accepted before
+            *("", "", "", ""),  # no limits: it was accepted before
             *chain(*manifest.job_options.items()),
         )
         return str(outcome)

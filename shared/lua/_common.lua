@@ -42,13 +42,42 @@ local function weight_of(unit)
   return stage ~= 'join' and tonumber(weight or '0') or 0
 end
 
+-- A priority is a head start: it counts as having been submitted so much earlier. So whatever waits
+-- is next at some time, and is never passed by what comes later than that.
+local HEAD_START_US = {high = 12 * 3600 * 1e6, low = -12 * 3600 * 1e6}
+
+local function head_start(priority)
+  return HEAD_START_US[priority] or 0
+end
+
+-- Where a transcription, or each of its parts, stands in its queue; and since when it waits.
+local function place_of(fp)
+  local queued_us, priority = unpack(redis.call('HMGET', transcription(fp), 'queued_us', 'priority'))
+  return digits(queued_us - head_start(priority)), queued_us
+end
+
 -- Into QUEUE or PARTS and out of it, with the weight of what waits in the counter `backlog`.
-local function enqueue(queue, unit, place)
+local function enqueue(queue, unit)
+  local place, queued_us = place_of(parent_of(unit) or unit)
   if redis.call('ZADD', queue, place, unit) == 1 then count('backlog', weight_of(unit)) end
+  if queue == QUEUE then redis.call('ZADD', WAITING, queued_us, unit) end
 end
 
 local function dequeue(queue, unit)
   if redis.call('ZREM', queue, unit) == 1 then count('backlog', 0 - weight_of(unit)) end
+  if queue == QUEUE then redis.call('ZREM', WAITING, unit) end
+end
+
+-- Somebody wants it sooner than those who wait for it already.
+local function lift(fp, priority)
+  local known = redis.call('HGET', transcription(fp), 'priority')
+  if head_start(priority) <= head_start(known) then return end
+  redis.call('HSET', transcription(fp), 'priority', priority or 'normal')
+  local place = place_of(fp)
+  redis.call('ZADD', QUEUE, 'XX', place, fp)
+  for number = 0, tonumber(redis.call('HGET', transcription(fp), 'parts') or '0') - 1 do
+    redis.call('ZADD', PARTS, 'XX', place, part(fp, number))
+  end
 end
 
 -- Learns from a unit that is completed how long a slot takes for its weight. What is older counts
@@ -70,6 +99,16 @@ local function drop_parts(fp)
     redis.call('DEL', transcription(unit), transcript(unit))
   end
   redis.call('HDEL', transcription(fp), 'stage', 'plan', 'parts', 'parts_left')
+end
+
+-- What a submission finds: a transcript of this model (hit), a transcription in flight (joined) or
+-- neither of them (new).
+local function found(fp, model)
+  local status, of_model = unpack(redis.call('HMGET', transcription(fp), 'status', 'model'))
+  if status == 'queued' or status == 'processing' then return 'joined' end
+  local is_hit = status == 'completed' and of_model == model
+    and redis.call('EXISTS', transcript(fp)) == 1
+  return is_hit and 'hit' or 'new'
 end
 
 -- How far a unit is, 0 to 1. A part moves its parent by its share of it.
@@ -97,6 +136,64 @@ end
 local function fingerprint_seen_by(name, id)
   local fp, owner = unpack(redis.call('HMGET', job(id), 'fingerprint', 'owner'))
   return (name == '' or name == owner) and fp
+end
+
+-- One job as who asks sees it, nil where it is not there: {now ms, job fields, transcription fields,
+-- queue rank or -1, 1 if its transcript is there}
+local function seen_job(name, id)
+  local fp = fingerprint_seen_by(name, id)
+  if not fp then return end
+  local names, work = {'status', 'started_ms', 'attempts', 'duration', 'progress'}, {}
+  for n, value in ipairs(redis.call('HMGET', transcription(fp), unpack(names))) do
+    table.insert(work, names[n])
+    table.insert(work, value or '')
+  end
+  return {digits(now_ms()), redis.call('HGETALL', job(id)), work,
+    redis.call('ZRANK', QUEUE, fp) or -1, redis.call('EXISTS', transcript(fp))}
+end
+
+-- Nothing can be had of this job any more: it is unknown, past its retention, or its transcript was
+-- dropped to make room.
+local function is_gone(id, now)
+  local fp, status, expires_ms = unpack(redis.call('HMGET', job(id), 'fingerprint', 'status',
+    'expires_ms'))
+  if not fp or (expires_ms and tonumber(expires_ms) <= now) then return true end
+  return status == 'completed' and redis.call('EXISTS', transcript(fp)) == 0
+end
+
+-- Every job stands in the list of its owner, the newest last, and in that of its batch if it has one.
+local function list_job(id, owner, of_batch, number)
+  local newest = redis.call('ZRANGE', jobs(owner), -1, -1, 'WITHSCORES')[2] or 0
+  redis.call('ZADD', jobs(owner), digits(math.max(now_us(), newest + 1)), id) -- no two at one place
+  if of_batch then redis.call('ZADD', batch(of_batch), number, id) end
+end
+
+local function listed_as(id, owner, of_batch)
+  return string.format('%s/%s/%s', id, of_batch or '', owner or '')
+end
+
+local function unlist(listed)
+  local id, of_batch, owner = string.match(listed, '^(.-)/(.-)/(.*)$')
+  redis.call('ZREM', jobs(owner), id)
+  redis.call('ZREM', batch(of_batch), id)
+  redis.call('ZREM', LISTED, listed)
+end
+
+-- Whose retention is past. Every submission makes room for itself, the reaper does the rest.
+local function unlist_expired(now, most)
+  for _, listed in ipairs(redis.call('ZRANGEBYSCORE', LISTED, '-inf', digits(now), 'LIMIT', 0, most)) do
+    unlist(listed)
+  end
+end
+
+-- One job leaves the jobs of an Idempotency-Key, which is forgotten with the last of them.
+local function forget_key(key, number, id)
+  if redis.call('HGET', key, number) ~= id then return end
+  redis.call('HDEL', key, number)
+  for _, name in ipairs(redis.call('HKEYS', key)) do
+    if string.match(name, '^%d+$') then return end
+  end
+  redis.call('DEL', key)
 end
 
 -- What a named caller has in hand: its unfinished jobs, and the audio that is held for each until it
@@ -141,9 +238,15 @@ end
 
 -- Gives one job its terminal status and its lifetime. Returns whether it did, and the job's owner.
 local function end_job(id, now, status, code, message, facts, retention_ms, grace_ms)
-  local fp, ended, owner = unpack(redis.call('HMGET', job(id), 'fingerprint', 'status', 'owner'))
+  local fp, ended, owner, of_batch, key = unpack(redis.call('HMGET', job(id), 'fingerprint', 'status',
+    'owner', 'batch', 'idempotency'))
   if not fp or ended then return false end
   if owner then let_go(owner, id) end
+  redis.call('ZADD', LISTED, digits(now + retention_ms), listed_as(id, owner, of_batch))
+  if key and redis.call('EXISTS', idempotency(key)) == 1
+      and redis.call('HINCRBY', idempotency(key), 'unfinished', -1) == 0 then
+    redis.call('PEXPIRE', idempotency(key), digits(retention_ms))
+  end
   redis.call('HSET', job(id), 'status', status, 'finished_ms', digits(now),
     'expires_ms', digits(now + retention_ms), 'error_code', code, 'error_message', message,
     unpack(facts))
@@ -173,9 +276,8 @@ local function end_transcription(fp, now, status, code, message, retention_ms, g
   return ids
 end
 
--- Back to its queue, at the place that its age gives it.
+-- Back to its queue, at its old place.
 local function requeue(unit)
-  local parent = parent_of(unit)
   redis.call('ZREM', LEASES, unit)
   redis.call('HSET', transcription(unit), 'status', 'queued')
   redis.call('HDEL', transcription(unit), 'claim_id', 'worker')
@@ -183,8 +285,7 @@ local function requeue(unit)
     set_progress(unit, '0')
     redis.call('HDEL', transcription(unit), 'started_ms')
   end
-  local queued_us = redis.call('HGET', transcription(parent or unit), 'queued_us')
-  enqueue(parent and PARTS or QUEUE, unit, queued_us)
+  enqueue(parent_of(unit) and PARTS or QUEUE, unit)
 end
 
 -- Removes a transcript and its place in the cache's books.

@@ -1,20 +1,22 @@
 -- A caller gives up one job. The transcription stops only when no other job holds it.
 -- ARGV  1 job id  2 who asks ('' sees all)  3 retention ms  4 grace ms
--- returns  {outcome, the job's record}: unknown | finished (nothing changed) | cancelled
+-- returns  {outcome, the job's record, fingerprint of the transcription if that stopped, else ''}:
+--          unknown | finished (nothing changed) | cancelled
 local id = ARGV[1]
 local retention_ms, grace_ms = tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = now_ms()
 local fp = fingerprint_seen_by(ARGV[2], id)
-if not fp then return {'unknown', {}} end
+if not fp then return {'unknown', {}, ''} end
 local ended, owner = end_job(id, now, 'cancelled', '', '', facts_of(fp), retention_ms, grace_ms)
-if not ended then return {'finished', {}} end
+if not ended then return {'finished', {}, ''} end
 count('jobs_cancelled')
 local plan, progress = unpack(redis.call('HMGET', transcription(fp), 'plan', 'progress'))
 if owner and plan then -- what was done of a long recording could be read
   charge(owner, cjson.decode(plan).duration * progress, now)
 end
 redis.call('SREM', holders(fp), id)
-if redis.call('SCARD', holders(fp)) == 0 then
+local is_last = redis.call('SCARD', holders(fp)) == 0
+if is_last then
   end_transcription(fp, now, 'cancelled', '', '', retention_ms, grace_ms)
 end
-return {'cancelled', redis.call('HGETALL', job(id))}
+return {'cancelled', redis.call('HGETALL', job(id)), is_last and fp or ''}

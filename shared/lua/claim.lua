@@ -1,7 +1,8 @@
 -- A worker takes the unit of work that should run next: queued -> processing.
--- This is the one place that decides the order of work. Transcriptions go before parts of long
--- recordings, the oldest first; every fourth turn for which both wait goes to the parts, so that
--- neither starves.
+-- This is the one place that decides the order of work. In each queue the first by its place goes
+-- first: the oldest, with the head start of its priority. Transcriptions go before parts of long
+-- recordings, unless the first part has a higher priority than the first of them; every fourth turn
+-- for which both wait goes the other way, so that neither starves.
 -- A unit that has one attempt left may be what killed its workers, or have died beside it. A worker
 -- runs one such unit at a time, so that the guilty one takes no other with it into quarantine.
 -- ARGV  1 claim id  2 worker id  3 lease ms  4 1 if the worker would take a part
@@ -24,12 +25,17 @@ local function first_of(queue)
   end
 end
 
+local function head_start_of(fp)
+  return head_start(redis.call('HGET', transcription(fp), 'priority'))
+end
+
 local function next_unit()
   local whole = first_of(QUEUE)
   local of_long = ARGV[4] == '1' and first_of(PARTS)
-  if of_long and (not whole or redis.call('HINCRBY', COUNTERS, 'turns', 1) % FAIR_TURN == 0) then
-    return of_long, PARTS
-  end
+  if not (whole and of_long) then return of_long or whole, of_long and PARTS or QUEUE end
+  local is_fair_turn = redis.call('HINCRBY', COUNTERS, 'turns', 1) % FAIR_TURN == 0
+  local is_wanted_more = head_start_of(parent_of(of_long)) > head_start_of(whole)
+  if is_wanted_more ~= is_fair_turn then return of_long, PARTS end
   return whole, QUEUE
 end
 

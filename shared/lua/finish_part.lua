@@ -14,6 +14,6 @@ redis.call('HDEL', transcription(unit), 'claim_id')
 if redis.call('HINCRBY', transcription(fp), 'parts_left', -1) == 0 then
   redis.call('HSET', transcription(fp), 'stage', 'join')
   redis.call('HINCRBY', transcription(fp), 'attempts', -1)
-  enqueue(QUEUE, fp, redis.call('HGET', transcription(fp), 'queued_us'))
+  enqueue(QUEUE, fp)
 end
 return 'ok'

@@ -9,12 +9,11 @@ redis.call('ZREM', LEASES, fp)
 redis.call('HDEL', transcription(fp), 'claim_id', 'worker')
 redis.call('HSET', transcription(fp), 'stage', 'parts', 'plan', ARGV[3], 'progress', '0',
   'parts', #ARGV - 3, 'parts_left', #ARGV - 3)
-local queued_us, weight = unpack(
-  redis.call('HMGET', transcription(fp), 'queued_us', 'weight'))
+local weight = tonumber(redis.call('HGET', transcription(fp), 'weight') or '0')
 for n = 4, #ARGV do
   local unit = part(fp, n - 4)
   redis.call('HSET', transcription(unit), 'status', 'queued', 'share', ARGV[n], 'attempts', '0',
-    'handbacks', '0', 'progress', '0', 'weight', digits(tonumber(weight or '0') * ARGV[n]))
-  enqueue(PARTS, unit, queued_us)
+    'handbacks', '0', 'progress', '0', 'weight', digits(weight * ARGV[n]))
+  enqueue(PARTS, unit)
 end
 return 'ok'

@@ -90,6 +90,7 @@ def guarded(job_id: str) -> list[tuple[str, str]]:
         ("GET", f"/result/{job_id}"),
         ("GET", f"/result/{job_id}?format=srt"),
         ("GET", f"/jobs/{job_id}/partial"),
+        ("POST", f"/jobs/{job_id}/cancel"),
         ("DELETE", f"/jobs/{job_id}"),
         ("DELETE", f"/job/{job_id}"),
     ]
@@ -105,7 +106,7 @@ def test_without_a_valid_key_there_is_nothing_but_health_and_documents(service, 
     with httpx2.Client(base_url=service.base_url, trust_env=False, timeout=30) as http:
         document = http.get("/openapi.json").json()
         operations = [
-            (method.upper(), path.replace("{job_id}", str(uuid4())), operation)
+            (method.upper(), re.sub(r"{\w+}", str(uuid4()), path), operation)
             for path, methods in document["paths"].items()
             for method, operation in methods.items()
         ]

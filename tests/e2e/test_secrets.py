@@ -4,6 +4,7 @@ cancelled, and Redis goes away; then everything that others can see is searched.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def work(client: Client, folder: Path, found: dict[str, str]) -> None:
     """A job of each end, and requests that are refused."""
     fox = folder / NAME
     variant(fox, 1)
-    done = client.submit(fox, initial_prompt=PROMPT)["job_id"]
+    metadata = json.dumps({PROMPT: TOKEN})
+    done = client.submit(fox, initial_prompt=PROMPT, metadata=metadata)["job_id"]
     client.wait(done)
     assert FOX_WORDS in client.text(done), "there is something to be kept"
     broken = folder / f"broken-{NAME}"
@@ -141,6 +143,11 @@ def work(client: Client, folder: Path, found: dict[str, str]) -> None:
         client.http.post("/transcribe", files={"file": (NAME, b"text only")}),
         client.http.post("/transcribe", **post, data={"beam_size": PASSWORD}),
         client.http.post("/transcribe", **post, data={"initial_prompt": PROMPT + "\0"}),
+        client.http.post("/transcribe", **post, data={"metadata": PROMPT, "priority": TOKEN}),
+        client.http.post("/transcribe", **post, headers={"Idempotency-Key": TOKEN * 20}),
+        client.http.post("/batches", files=[("file", (NAME, b"text"))], data={"metadata": TOKEN}),
+        client.http.post("/transcribe/by-digest", json={"sha256": TOKEN, "hotwords": PROMPT}),
+        client.http.head(f"/transcribe?initial_prompt={quote(PROMPT)}"),
         client.http.get(f"/status/{done}", headers={"Authorization": f"Bearer {TOKEN}"}),
         client.http.get(f"/status/{done}", headers={"Authorization": f"Bearer {KEY}X"}),
         client.http.get(f"/nowhere?key={quote(TOKEN)}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from uuid import uuid4
 
 import pytest
@@ -16,7 +16,6 @@ from api.admission import READ_ANYWAY_BYTES, Admission, retry_after
 from api.jobs import estimated_wait_seconds
 from api.store import JobStore
 from shared import keys
-from shared.broker import celery_app
 from shared.errors import QueueFull, StorageFull
 from shared.scripts import has_script_flags, source
 from shared.settings import Settings
@@ -30,20 +29,6 @@ TRANSCRIPT = b'{"text":"hello"}'
 def manifest(settings: Settings, content: str, size_bytes: int = MIB) -> Manifest:
     name = settings.model_key
     return Manifest(str(uuid4()), f"fp-{content}", content, "{}", name, size_bytes)
-
-
-@pytest_asyncio.fixture
-async def store(settings: Settings):
-    store = JobStore(settings, celery_app(settings.redis_url.get_secret_value()))
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
-import pytest_asyncio
 
 from api.store import JobStore
 from shared import keys
@@ -38,20 +36,6 @@ def manifest(
         model=settings.model_key,
         job_options=job.record() if job else {},
     )
-
-
-@pytest_asyncio.fixture
-async def store(settings: Settings):
-    store = JobStore(settings, celery_app(settings.redis_url.get_secret_value()))
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 def end_lease(raw, claim: Claim) -> None:

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import pytest_asyncio
 
-from api.store import JobStore
 from shared import keys
-from shared.broker import celery_app
 from shared.errors import TimeLimit
 from shared.jobs import Claim, JobStatus
-from shared.settings import Settings
 from tests.integration.test_job_store import manifest
-from worker.store import WorkerStore
 
 SHARES = [0.5, 0.25, 0.25]
-
-
-@pytest_asyncio.fixture
-async def store(settings: Settings):
-    store = JobStore(settings, celery_app(settings.redis_url.get_secret_value()))
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 @pytest_asyncio.fixture

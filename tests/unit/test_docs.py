@@ -29,7 +29,7 @@ from api import docs, formats, monitoring
 from api.admission import Admission
 from api.dependencies import State
 from api.forms import options_of
-from api.store import Snapshot
+from api.snapshot import Snapshot
 from shared import metrics, schemas
 from shared.job_options import (
     MAX_METADATA_BYTES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from uuid import uuid4
 
 import pytest
@@ -51,6 +52,25 @@ def test_a_joined_job_shares_the_bytes_but_not_the_fate_of_its_leader(storage):
     assert storage.audio(follower.job_id).read_bytes() == b"audio"
     storage.share_audio(leader.job_id, follower.job_id)
     assert storage.holder_with_audio([leader.job_id, follower.job_id]) == follower.job_id
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_job_without_an_upload_borrows_the_bytes_of_another(storage, monkeypatch, has_links):
+    """Of the first that still has them; a copy, where the file system has no links."""
+    if not has_links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "")))
+    gone, leader = kept(storage), kept(storage, b"much audio")
+    storage.remove(gone.job_id)
+    borrower = Manifest(str(uuid4()), "f", "c", "{}", "m")
+    storage.begin(borrower.job_id)
+    assert storage.borrow_audio([gone.job_id], borrower.job_id) is None
+    assert storage.borrow_audio([], borrower.job_id) is None
+    assert storage.borrow_audio([gone.job_id, leader.job_id], borrower.job_id) == 10
+    storage.keep(borrower)
+    assert storage.audio(leader.job_id).samefile(storage.audio(borrower.job_id)) == has_links
+    storage.remove(leader.job_id)
+    assert storage.audio(borrower.job_id).read_bytes() == b"much audio"
+    assert storage.manifest(borrower.job_id) == borrower
 
 
 def test_a_damaged_manifest_is_no_manifest(storage):

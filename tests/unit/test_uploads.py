@@ -8,8 +8,15 @@ import time
 
 import pytest
 
-from api.uploads import FORM_OVERHEAD_BYTES, MAX_FIELD_BYTES, receive
+from api.uploads import (
+    FORM_OVERHEAD_BYTES,
+    MAX_FIELD_BYTES,
+    WRITE_BYTES,
+    receive,
+    receive_files,
+)
 from shared.errors import (
+    BatchTooLarge,
     EmptyFile,
     FileTooLarge,
     InvalidField,
@@ -164,3 +171,87 @@ async def test_what_has_arrived_is_taken_however_late_we_are(tmp_path):
 def test_a_full_form_fits_its_allowance():
     """A request is refused by its announced length only when no legal form is so long."""
     assert FORM_OVERHEAD_BYTES > 40 * MAX_FIELD_BYTES
+
+
+# --- Several files --------------------------------------------------------------------------------
+
+
+async def send_files(
+    body: bytes, folder, *, step: int = 65_536, limits: tuple[int, int, int] = (10**7, 10, 10**8)
+):
+    """The files, the other fields, and what lies at each file's place."""
+
+    async def stream():
+        for start in range(0, len(body), step):
+            yield body[start : start + step]
+
+    places = []
+
+    async def place():
+        places.append(folder / f"{len(places)}.part")
+        return places[-1]
+
+    files, fields = await receive_files(stream(), TYPE, place, limits)
+    return files, fields, [path.read_bytes() for path in places]
+
+
+@pytest.mark.parametrize("step", [1, 13, 1000, 10**7])
+async def test_several_files_arrive_in_their_order_with_fields_between_them(tmp_path, step):
+    """However the network cuts the body; each with its own checksum."""
+    contents = [AUDIO, AUDIO[1:] * 2, b"\x00", AUDIO]
+    parts = [part("file", content, f"{n}.mp3") for n, content in enumerate(contents)]
+    body = form(parts[0], part("language", b"en"), *parts[1:], part("fast", b"true"))
+    files, fields, written = await send_files(body, tmp_path, step=step)
+    assert fields == {"language": "en", "fast": "true"}
+    assert written == contents
+    assert [file.checksum for file in files] == [hashlib.sha256(c).hexdigest() for c in contents]
+    assert [file.size_bytes for file in files] == [len(content) for content in contents]
+    assert not any(file.error for file in files)
+
+
+@pytest.mark.parametrize("step", [13, 10**7])
+async def test_a_bad_file_spoils_no_other(tmp_path, step):
+    """It has an error, its place is empty, and what was sent is counted."""
+    large = AUDIO * 300
+    sent = [AUDIO, b"", b"hello\n" * 500, large, AUDIO + b"x"]
+    body = form(*(part("file", content, "a") for content in sent))
+    files, _, written = await send_files(
+        body, tmp_path, step=step, limits=(len(large) - 1, 10, 10**8)
+    )
+    assert [type(file.error) for file in files] == [
+        type(None),
+        EmptyFile,
+        NotAudio,
+        FileTooLarge,
+        type(None),
+    ]
+    assert written == [AUDIO, b"", b"", b"", AUDIO + b"x"]
+    assert [file.size_bytes for file in files] == [len(content) for content in sent]
+
+
+@pytest.mark.parametrize(
+    ("body", "limits", "error"),
+    [
+        (form(FILE, FILE, FILE), (10**7, 2, 10**8), InvalidField),
+        (form(*[FILE] * 1000), (10**7, 100, 10**8), InvalidField),
+        (form(FILE, FILE, FILE), (10**7, 9, 2 * len(AUDIO)), BatchTooLarge),
+        (form(FILE, part("file", b"abc")), (10**7, 9, 10**8), MissingFile),
+        (form(part("language", b"en")), (10**7, 9, 10**8), MissingFile),
+        (form(FILE, part("task", b"a"), FILE, part("task", b"b")), (10**7, 9, 10**8), InvalidField),
+        (FILE + FILE, (10**7, 9, 10**8), MalformedUpload),
+        (form(FILE, FILE)[:-30], (10**7, 9, 10**8), MalformedUpload),
+    ],
+)
+async def test_a_form_of_files_that_is_wrong_as_a_whole_is_refused(tmp_path, body, limits, error):
+    for step in (13, 10**7):
+        with pytest.raises(error):
+            await send_files(body, tmp_path, step=step, limits=limits)
+
+
+async def test_a_file_of_several_writes_is_one_file(tmp_path):
+    """Larger than what is held in memory, with another one behind it in the same chunk."""
+    large = bytes(range(256)) * (3 * WRITE_BYTES // 256 + 1)
+    body = form(part("file", large, "a"), part("file", AUDIO, "b"))
+    for step in (65_536, 10**7):
+        _, _, written = await send_files(body, tmp_path, step=step)
+        assert written == [large, AUDIO]
