@@ -35,7 +35,8 @@ def test_memory_and_descriptors_are_flat_under_steady_load(tmp_path: Path) -> No
     minutes = float(os.environ.get("MINUTES") or 20)
     print(f"\nmake soak MINUTES={minutes:g}")
     ledger = Ledger()
-    with World(tmp_path, {"result_ttl_seconds": str(RESULT_TTL_SECONDS)}) as world:
+    settings = {"result_ttl_seconds": str(RESULT_TTL_SECONDS)}
+    with World(tmp_path, settings, uploads_bytes=256 << 20) as world:
         for what, why in world.missing.items():
             print(f"without {what}: {why}")
         long = recording()
