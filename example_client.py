@@ -32,6 +32,11 @@ above 120 s is raised at once. Repeating an upload is safe: the service knows a 
 is at work on, by its content and options, and transcribes it once. A client that waits for a job
 outlives a restart of the service: it asks on until the deadline, or for ten minutes without one.
 
+Each upload is sent with an Idempotency-Key, so that one whose answer was lost makes no second job.
+Yours, `idempotency_key="order-17"`, does so over restarts of your program, too. A file of 8 MiB or
+more is asked for by its SHA-256 first (`ask_first`): one that the service knows is not sent at all.
+`metadata={"order": 17}` comes back wherever the job is shown; `priority` is low, normal or high.
+
 As a command: python example_client.py [--url URL] [--format srt] [-o language=en]... audio.mp3
 The transcript goes to stdout. Exit status: 0 done, 1 the job failed or was cancelled, 2 wrong usage
 or a request that the service refuses, 3 the service can't be reached or can't serve, 4 the deadline
@@ -44,8 +49,10 @@ import argparse
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import email.utils
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -62,7 +69,15 @@ import time
 import urllib.parse
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import IO, Any, Literal, Self, TypeVar, overload
 
 import httpx2
@@ -89,6 +104,8 @@ POLL_SECONDS, MAX_POLL_SECONDS, POLL_GROWTH = 0.5, 5.0, 1.5
 OUTAGE_SECONDS = 600.0  # how long a job is asked after in vain when there is no deadline
 CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 256 * 1024  # of the file, sent at once
+MAX_KEY = 255
+ASK_FIRST_BYTES = 8 * 1024 * 1024  # a file of this size is not sent before it is asked for
 
 Source = str | os.PathLike[str] | IO[bytes]
 Progress = Callable[[dict[str, Any]], None]
@@ -221,6 +238,8 @@ class WhisperClient:
         on_progress: Progress | None = None,
         deadline: float | None = None,
         poll_interval: float | None = None,
+        idempotency_key: str | None = None,
+        ask_first: bool | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Submits the file, waits for its job and returns the result: `text`, `language`,
@@ -230,6 +249,7 @@ class WhisperClient:
         `on_progress`: called in this thread with each answer of `status`.
         `deadline`: for all of it; raises JobTimeout when it passes.
         `poll_interval`: between two questions; the server's advice when None.
+        `idempotency_key`, `ask_first`: as in `submit`.
         Raises every error of the tree above. An error in `on_progress` ends the waiting, not the
         job.
         """
@@ -239,14 +259,55 @@ class WhisperClient:
                 on_progress=report,
                 deadline=deadline,
                 poll_interval=poll_interval,
+                idempotency_key=idempotency_key,
+                ask_first=ask_first,
                 **options,
             ),
             on_progress,
         )
 
-    def submit(self, file: Source, **options: Any) -> dict[str, Any]:
-        """Uploads the file and returns at once: `job_id`, `status`, `deduplicated`..."""
-        return self._run(lambda client, _: client.submit(file, **options))
+    def submit(
+        self,
+        file: Source,
+        *,
+        idempotency_key: str | None = None,
+        ask_first: bool | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Uploads the file and returns at once: `job_id`, `status`, `deduplicated`...
+
+        `idempotency_key`: the same key with the same file and options is the same job; one of its
+        own for each call when None. `ask_first`: ask by the file's SHA-256 whether the service
+        knows it, and upload it only if not; None: if it has 8 MiB or more."""
+        return self._run(
+            lambda client, _: client.submit(
+                file, idempotency_key=idempotency_key, ask_first=ask_first, **options
+            )
+        )
+
+    def submit_batch(
+        self, files: Sequence[Source], *, idempotency_key: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Uploads up to 100 files in one request, all with these options: `batch_id`, and `jobs`,
+        which has a `job` or an `error` for each file, in their order."""
+        return self._run(
+            lambda client, _: client.submit_batch(files, idempotency_key=idempotency_key, **options)
+        )
+
+    def batch(self, batch_id: str) -> dict[str, Any]:
+        """`is_done`, `counts` by status, and the status of each of its `jobs`."""
+        return self._run(lambda client, _: client.batch(batch_id))
+
+    def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        """Cancels the batch's unfinished jobs; erases the finished ones."""
+        return self._run(lambda client, _: client.cancel_batch(batch_id))
+
+    def jobs(
+        self, *, status: str | None = None, batch_id: str | None = None, most: int = 100
+    ) -> list[dict[str, Any]]:
+        """The status of your jobs, the newest first: `most` of them at most, from as many pages as
+        that takes. Without API keys the service may refuse it, but for a batch."""
+        return self._run(lambda client, _: client.jobs(status=status, batch_id=batch_id, most=most))
 
     def status(self, job_id: str) -> dict[str, Any]:
         """`status` (queued, processing, completed, failed, cancelled), `progress`,
@@ -434,13 +495,15 @@ class AsyncWhisperClient:
         on_progress: Progress | None = None,
         deadline: float | None = None,
         poll_interval: float | None = None,
+        idempotency_key: str | None = None,
+        ask_first: bool | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """As WhisperClient.transcribe_file; `on_progress` is called on the event loop."""
         job_id: str | None = None
         try:
             async with asyncio.timeout(deadline) as limit:
-                response = await self._upload(file, options)
+                response = await self._upload(file, options, idempotency_key, ask_first)
                 accepted = _answer_of(response, "job_id", "status")
                 job_id = str(accepted["job_id"])
                 if accepted["status"] != "completed":
@@ -454,9 +517,56 @@ class AsyncWhisperClient:
                 raise
             raise JobTimeout(job_id) from None
 
-    async def submit(self, file: Source, **options: Any) -> dict[str, Any]:
+    async def submit(
+        self,
+        file: Source,
+        *,
+        idempotency_key: str | None = None,
+        ask_first: bool | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
         """As WhisperClient.submit."""
-        return _answer_of(await self._upload(file, options), "job_id", "status")
+        response = await self._upload(file, options, idempotency_key, ask_first)
+        return _answer_of(response, "job_id", "status")
+
+    async def submit_batch(
+        self, files: Sequence[Source], *, idempotency_key: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """As WhisperClient.submit_batch."""
+        if isinstance(files, str | bytes | os.PathLike):
+            raise TypeError("A list of files is needed")
+        fields = _fields(options)
+        async with contextlib.AsyncExitStack() as stack:
+            upload = [await _sized(await stack.enter_async_context(_opened(f))) for f in files]
+            if not upload:
+                raise ValueError("There are no files")
+            form = _Form(fields, upload)
+            headers = {**form.headers, **_key_header(idempotency_key)}
+            response = await self._call("POST", "/batches", headers=headers, body=form.chunks)
+        return _answer_of(response, "batch_id", "jobs")
+
+    async def batch(self, batch_id: str) -> dict[str, Any]:
+        """As WhisperClient.batch."""
+        return _answer_of(await self._call("GET", _path("batches", batch_id)), "is_done", "jobs")
+
+    async def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        """As WhisperClient.cancel_batch."""
+        return _answer_of(await self._call("DELETE", _path("batches", batch_id)), "jobs")
+
+    async def jobs(
+        self, *, status: str | None = None, batch_id: str | None = None, most: int = 100
+    ) -> list[dict[str, Any]]:
+        """As WhisperClient.jobs."""
+        asked = {name: value for name, value in (("status", status), ("batch", batch_id)) if value}
+        found: list[dict[str, Any]] = []
+        cursor: str | None = ""
+        while cursor is not None and len(found) < most:
+            query = {**asked, "limit": str(min(100, most - len(found)))}
+            response = await self._call("GET", "/jobs", params=query | {"cursor": cursor})
+            page = _answer_of(response, "jobs", "next_cursor")
+            found += page["jobs"]
+            cursor = page["next_cursor"]
+        return found
 
     async def status(self, job_id: str) -> dict[str, Any]:
         """As WhisperClient.status."""
@@ -521,16 +631,37 @@ class AsyncWhisperClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _upload(self, file: Source, options: Mapping[str, Any]) -> httpx2.Response:
+    async def _upload(
+        self,
+        file: Source,
+        options: Mapping[str, Any],
+        idempotency_key: str | None,
+        ask_first: bool | None,
+    ) -> httpx2.Response:
         fields = _fields(options)
-        async with _opened(file) as (binary, name):
-            size_bytes = await asyncio.to_thread(binary.seek, 0, os.SEEK_END)
-            if size_bytes == 0:
-                raise ValueError(f"{name} is empty (0 bytes)")
-            form = _Form(fields, binary, name, size_bytes)
-            # One key for every attempt, so that a server may tell a repeat from a second request.
-            headers = {**form.headers, "Idempotency-Key": uuid.uuid4().hex}
+        key = _key_header(idempotency_key)
+        async with _opened(file) as opened:
+            upload = await _sized(opened)
+            if ask_first or (ask_first is None and upload.size_bytes >= ASK_FIRST_BYTES):
+                with contextlib.suppress(NotFound):  # or the service is older than the question
+                    return await self._ask(upload, fields, key)
+            form = _Form(fields, [upload])
+            headers = {**form.headers, **key}
             return await self._call("POST", "/transcribe", headers=headers, body=form.chunks)
+
+    async def _ask(
+        self, upload: _Upload, fields: Mapping[str, str], key: Mapping[str, str]
+    ) -> httpx2.Response:
+        """Submits the file by its digest. Raises NotFound where the service doesn't know it."""
+        digest = await asyncio.to_thread(upload.digest)
+        content = urllib.parse.urlencode({**fields, "sha256": digest}).encode()
+
+        async def body() -> AsyncIterator[bytes]:
+            yield content
+
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+        headers = {**kind, "Content-Length": str(len(content)), **key}
+        return await self._call("POST", "/transcribe/by-digest", headers=headers, body=body)
 
     async def _result(
         self, job_id: str, query: Mapping[str, str], outlasts: bool = False
@@ -739,46 +870,88 @@ async def _opened(source: Source) -> AsyncIterator[tuple[IO[bytes], str]]:
         yield file, os.path.basename(name) if isinstance(name, str) else "audio"
 
 
-class _Form:
-    """A multipart/form-data body of known length that is read from the file while it is sent."""
+@dataclasses.dataclass(frozen=True)
+class _Upload:
+    """A file as it was when it was opened: one that grows is sent without what came later."""
 
-    def __init__(
-        self, fields: Mapping[str, str], file: IO[bytes], name: str, size_bytes: int
-    ) -> None:
+    file: IO[bytes]
+    name: str
+    size_bytes: int
+
+    def chunks(self) -> Iterator[bytes]:
+        """From its beginning."""
+        self.file.seek(0)
+        left = self.size_bytes
+        while left:
+            chunk = self.file.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise OSError(f"{self.name} became shorter while it was being sent")
+            left -= len(chunk)
+            yield chunk
+
+    def digest(self) -> str:
+        """SHA-256, hex."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+async def _sized(opened: tuple[IO[bytes], str]) -> _Upload:
+    file, name = opened
+    size_bytes = await asyncio.to_thread(file.seek, 0, os.SEEK_END)
+    if size_bytes == 0:
+        raise ValueError(f"{name} is empty (0 bytes)")
+    return _Upload(file, name, size_bytes)
+
+
+def _key_header(key: str | None) -> dict[str, str]:
+    """One key for every attempt, so that a server may tell a repeat from a second request."""
+    key = uuid.uuid4().hex if key is None else key
+    if not (0 < len(key) <= MAX_KEY and key.isascii() and key.isprintable()):
+        raise ValueError(f"An idempotency key is 1 to {MAX_KEY} printable ASCII characters")
+    return {"Idempotency-Key": key}
+
+
+class _Form:
+    """A multipart/form-data body of known length that is read from the files while it is sent."""
+
+    def __init__(self, fields: Mapping[str, str], uploads: Sequence[_Upload]) -> None:
         boundary = uuid.uuid4().hex
-        self._file = file
-        self._name = name
-        self._size_bytes = size_bytes
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        parts = [
+        head = "".join(
             f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n{value}\r\n'
             for field, value in fields.items()
-        ]
-        # Quoted as browsers do (WHATWG HTML, "multipart/form-data encoding algorithm").
-        quoted = name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
-        parts.append(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{quoted}"\r\n'
-            f"Content-Type: {kind}\r\n\r\n"
         )
-        self._head = "".join(parts).encode("utf-8", "replace")
-        self._tail = f"\r\n--{boundary}--\r\n".encode()
+        self._uploads = [(_file_head(boundary, each.name), each) for each in uploads]
+        self._head = head.encode("utf-8", "replace")
+        self._tail = f"--{boundary}--\r\n".encode()
+        length = len(self._head) + len(self._tail)
+        length += sum(len(each) + upload.size_bytes + 2 for each, upload in self._uploads)
         self.headers = {
             "Content-Type": f"multipart/form-data; boundary={boundary}",
-            "Content-Length": str(len(self._head) + size_bytes + len(self._tail)),
+            "Content-Length": str(length),
         }
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body from its beginning, once for each attempt. Disks are read off the event loop."""
         yield self._head
-        await asyncio.to_thread(self._file.seek, 0)
-        left = self._size_bytes  # a file that grows is sent as it was
-        while left:
-            chunk = await asyncio.to_thread(self._file.read, min(CHUNK_BYTES, left))
-            if not chunk:
-                raise OSError(f"{self._name} became shorter while it was being sent")
-            left -= len(chunk)
-            yield chunk
+        for head, upload in self._uploads:
+            yield head
+            chunks = upload.chunks()
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+            yield b"\r\n"
         yield self._tail
+
+
+def _file_head(boundary: str, name: str) -> bytes:
+    kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    # Quoted as browsers do (WHATWG HTML, "multipart/form-data encoding algorithm").
+    quoted = name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+    return (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{quoted}"\r\n'
+        f"Content-Type: {kind}\r\n\r\n"
+    ).encode("utf-8", "replace")
 
 
 # --- The command ----------------------------------------------------------------------------------

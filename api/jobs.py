@@ -212,6 +212,8 @@ async def end(request: Request, job_id: str, *, erases: bool = True) -> JobEnded
     if outcome == "finished" and not erases:
         raise JobEndedAlready
     if outcome == "finished":
+        # Before the record: an upload without one is a lost job, which a reaper submits again.
+        await asyncio.to_thread(state.storage.remove, job_id)
         outcome, options = await state.store.erase(job_id, sees)
     if outcome == "unknown":
         raise JobNotFound

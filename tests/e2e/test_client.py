@@ -107,6 +107,30 @@ def test_a_repeated_upload_is_transcribed_once(service, tmp_path):
     assert completed_runs(service) == before + 1
 
 
+def test_the_client_sends_batches_lists_them_and_leaves_out_what_is_known(service, tmp_path):
+    """As the documents show it."""
+    files = [variant(tmp_path / f"{n}.wav", 510 + n) for n in range(3)]
+    files[1].write_bytes(b"hello\n" * 500)
+    with WhisperClient(service.base_url) as client:
+        batch = client.submit_batch(files, metadata={"order": 17}, priority="high")
+        jobs = [each["job"] and each["job"]["job_id"] for each in batch["jobs"]]
+        assert batch["jobs"][1]["error"]["code"] == "unsupported_media"
+        for job_id in (jobs[0], jobs[2]):
+            client.wait(job_id, deadline=60)
+        assert client.batch(batch["batch_id"])["is_done"]
+        listed = client.jobs(batch_id=batch["batch_id"])
+        assert [job["job_id"] for job in listed] == [jobs[2], jobs[0]]
+        assert listed[0]["metadata"] == {"order": 17}
+        result = client.transcribe_file(files[0], ask_first=True, metadata={"order": 18})
+        assert (result["text"], result["metadata"]) == (FOX_WORDS, {"order": 18})
+        first = client.submit(files[0], idempotency_key="one", ask_first=True)
+        assert client.submit(files[0], idempotency_key="one")["job_id"] == first["job_id"]
+        ended = client.cancel_batch(batch["batch_id"])
+        assert {job["status"] for job in ended["jobs"]} == {"deleted"}
+        with pytest.raises(NotFound):
+            client.batch(batch["batch_id"])
+
+
 def test_a_refused_request_says_why(service, tmp_path):
     with WhisperClient(service.base_url) as client:
         with pytest.raises(RequestRejected) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import gc
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -537,6 +539,148 @@ async def test_one_idempotency_key_serves_all_attempts_of_one_submit(
     assert first == repeated != other
 
 
+async def test_a_key_of_the_caller_s_is_sent_as_it_is(server: Server, audio: Path) -> None:
+    server.on("POST /transcribe", accepted())
+    async with AsyncWhisperClient(server.url) as client:
+        await client.submit(audio, idempotency_key="order-17")
+        for wrong in ("", "x" * 256, "ü", "a\nb"):
+            with pytest.raises(ValueError, match="1 to 255 printable"):
+                await client.submit(audio, idempotency_key=wrong)
+    (sent,) = server.received
+    assert sent.headers["idempotency-key"] == "order-17"
+
+
+async def test_metadata_and_priority_are_fields_of_the_form(server: Server, audio: Path) -> None:
+    server.on("POST /transcribe", accepted())
+    async with AsyncWhisperClient(server.url) as client:
+        await client.submit(audio, metadata={"order": 17, "tags": ["ü"]}, priority="high")
+    sent = server.received[0].values()
+    assert json.loads(sent["metadata"]) == {"order": 17, "tags": ["ü"]}
+    assert sent["priority"] == "high"
+
+
+# --- What is not sent, because the service has it -------------------------------------------------
+
+
+async def test_a_large_file_is_asked_for_by_its_digest_and_not_sent_if_it_is_known(
+    server: Server, tmp_path: Path
+) -> None:
+    """With the same options and the same key as the upload that it saves."""
+    content = AUDIO * 600
+    assert len(content) > example_client.ASK_FIRST_BYTES
+    large = tmp_path / "large.mp3"
+    large.write_bytes(content)
+    server.on("POST /transcribe/by-digest", accepted("completed"), problem(404, "digest_unknown"))
+    server.on("POST /transcribe", accepted())
+    async with AsyncWhisperClient(server.url) as client:
+        for _ in range(2):
+            await client.submit(large, language="en", metadata={"a": 1}, idempotency_key="k")
+    assert [r.path for r in server.received] == [
+        "/transcribe/by-digest",
+        "/transcribe/by-digest",
+        "/transcribe",
+    ]
+    asked, _, sent = server.received
+    fields = dict(urllib.parse.parse_qsl(asked.body.decode()))
+    assert fields == {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "language": "en",
+        "metadata": '{"a": 1}',
+    }
+    assert asked.headers["idempotency-key"] == sent.headers["idempotency-key"] == "k"
+    assert sent.body_bytes > len(content)
+
+
+@pytest.mark.parametrize(("ask_first", "asks"), [(None, 0), (True, 1), (False, 0)])
+async def test_a_small_file_is_asked_for_if_the_caller_says_so(
+    server: Server, audio: Path, ask_first: bool | None, asks: int
+) -> None:
+    """A service that is older than the question, and answers 404, gets the file."""
+    server.on("POST /transcribe/by-digest", problem(404, "not_found"))
+    well_behaved(server)
+    async with AsyncWhisperClient(server.url) as client:
+        result = await client.transcribe_file(audio, ask_first=ask_first, poll_interval=0)
+    assert result["text"]
+    assert server.count("POST /transcribe/by-digest") == asks
+    assert server.count("POST /transcribe") == 1
+
+
+async def test_a_refused_question_is_the_answer(server: Server, audio: Path) -> None:
+    """What is wrong with the options is wrong with the upload, too."""
+    server.on("POST /transcribe/by-digest", problem(422, "invalid_field"))
+    async with AsyncWhisperClient(server.url) as client:
+        with pytest.raises(RequestRejected, match="invalid_field"):
+            await client.submit(audio, ask_first=True)
+    assert server.count("POST /transcribe") == 0
+
+
+# --- Batches and lists ----------------------------------------------------------------------------
+
+
+async def test_a_batch_is_one_form_with_all_files(
+    server: Server, audio: Path, pauses: Pauses
+) -> None:
+    """Of known length, whole in every attempt, with one key."""
+    answer = Answer({"batch_id": "b", "jobs": []}, status=202)
+    server.on("POST /batches", problem(503, "unavailable"), answer)
+    files = [audio, io.BytesIO(b"\xff" * 1000), str(audio)]
+    async with AsyncWhisperClient(server.url, sleep=pauses) as client:
+        assert (await client.submit_batch(files, language="en"))["batch_id"] == "b"
+    first, second = server.received
+    assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
+    boundary = second.headers["content-type"].partition("boundary=")[2].encode()
+    parts = second.body.split(b"--" + boundary)[1:-1]
+    contents = [part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n") for part in parts]
+    assert contents == [b"en", AUDIO, b"\xff" * 1000, AUDIO]
+    assert int(second.headers["content-length"]) == len(second.body)
+
+
+async def test_a_batch_of_no_use_is_an_error_before_anything_is_sent(
+    server: Server, audio: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.wav"
+    empty.touch()
+    wrong: list[tuple[Any, type[Exception]]] = [
+        ([], ValueError),
+        ([audio, empty], ValueError),
+        ([audio, tmp_path / "missing"], FileNotFoundError),
+        (str(audio), TypeError),
+        (audio, TypeError),
+    ]
+    async with AsyncWhisperClient(server.url) as client:
+        for files, error in wrong:
+            with pytest.raises(error):
+                await client.submit_batch(files)
+    assert server.received == []
+
+
+async def test_a_batch_can_be_watched_and_ended(server: Server) -> None:
+    server.on("GET /batches/b", Answer({"batch_id": "b", "is_done": True, "jobs": []}))
+    server.on("DELETE /batches/b", Answer({"batch_id": "b", "jobs": []}))
+    async with AsyncWhisperClient(server.url) as client:
+        assert (await client.batch("b"))["is_done"]
+        assert (await client.cancel_batch("b"))["jobs"] == []
+
+
+async def test_a_list_takes_as_many_pages_as_it_needs(server: Server) -> None:
+    """An empty page is not the last one."""
+
+    def page(cursor: str | None, *ids: str) -> Answer:
+        return Answer({"jobs": [{"job_id": each} for each in ids], "next_cursor": cursor})
+
+    path = "GET /jobs?status=failed&limit={}&cursor={}"
+    server.on(path.format(3, ""), page("7", "a"))
+    server.on(path.format(2, "7"), page("5"))
+    server.on(path.format(2, "5"), page("4", "b"))
+    server.on(path.format(1, "4"), page("2", "c"))
+    server.on("GET /jobs?batch=b&limit=100&cursor=", page(None, "d"))
+    async with AsyncWhisperClient(server.url) as client:
+        jobs = await client.jobs(status="failed", most=3)
+        assert [job["job_id"] for job in jobs] == ["a", "b", "c"]
+        assert [job["job_id"] for job in await client.jobs(batch_id="b")] == ["d"]
+    assert len(server.received) == 5
+
+
 async def test_the_proxy_that_the_environment_names_is_used(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +700,7 @@ async def test_memory_stays_flat_whatever_the_size_of_the_file(
     big = tmp_path / "big.wav"
     with big.open("wb") as file:
         file.truncate(300 * MEGABYTE)
+    server.on("POST /transcribe/by-digest", problem(404, "digest_unknown"))
     server.on("POST /transcribe", accepted())
     async with AsyncWhisperClient(server.url) as client:
         tracemalloc.start()
@@ -564,7 +709,7 @@ async def test_memory_stays_flat_whatever_the_size_of_the_file(
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    assert server.received[0].body_bytes > 300 * MEGABYTE
+    assert server.received[1].body_bytes > 300 * MEGABYTE
     assert peak_bytes < 5 * MEGABYTE
 
 
@@ -581,7 +726,7 @@ async def test_a_refusal_in_the_middle_of_an_upload_is_reported(
     async with AsyncWhisperClient(server.url, max_retries=0) as client:
         for _ in range(5):
             with pytest.raises(RequestRejected) as caught:
-                await client.submit(big)
+                await client.submit(big, ask_first=False)
             assert (caught.value.status, caught.value.code) == (413, "file_too_large")
 
 
