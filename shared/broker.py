@@ -37,6 +37,8 @@ def celery_app(redis_url: str, *, lease_seconds: int = 45) -> Celery:
         worker_enable_remote_control=True,  # Flower
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # A Redis whose disk is full refuses to write; that passes, and is no reason to end.
+        broker_channel_error_retry=True,
         broker_transport_options={
             "visibility_timeout": lease_seconds,
             "unacked_restore_interval": 5,

@@ -206,13 +206,12 @@ def API_replica_stopped(chaos: Chaos) -> float:  # noqa: N802
 def slow_and_vanishing_clients(chaos: Chaos) -> float:
     """Half a head, half a body, a body in drips, and gone; the others are served meanwhile."""
     world = chaos.world
-    since = time.monotonic()
     with ExitStack() as gone:
         for number in range(40):
             url = world.replica_url(number % 2) if number % 4 else world.url()
             gone.enter_context(half_an_upload(url, chaos.chance.randrange(60, 3000)))
         wait(chaos.chance.uniform(3, 8))  # some are cut off, the others leave
-    return since
+    return time.monotonic()
 
 
 @fault()

@@ -43,6 +43,7 @@ def test_a_killed_hour_is_resumed_and_not_restarted(tmp_path: Path) -> None:
             world.kill(victim)
             world.revive(victim)
         resumed = user.follow(job)
+        user.close()
     compute = spent(world.log) - calm + killed
     print(
         f"\nan hour: {calm:.1f} s of work; killed at 50 % and at 90 %: {compute:.1f} s, "
