@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,12 @@ class Queue:
 @contextmanager
 def queue_of(stage: Stage, jobs: int) -> Iterator[Queue]:
     (file,) = stage.clips(1, 1)
-    settings = {"model_size": "demo", "max_queue_seconds": str(10**9), "min_free_disk_mb": "0"}
+    settings = {
+        "model_size": "demo",
+        "max_queue_seconds": str(10**9),
+        "min_free_disk_mb": "0",
+        "list_jobs": "true",
+    }
     with stage.service(**settings) as client:
         done = client.submit(file)
         client.text(done, 0.1)
@@ -83,16 +89,37 @@ def submit_and_delete(queue: Queue) -> None:
     queue.http.delete(answer.raise_for_status().headers["location"].replace("status", "jobs"))
 
 
-def submit_known(queue: Queue) -> None:
+def known(queue: Queue) -> bytes:
     note = queue.client._note.to_bytes(4, "little")
-    file = queue.content + b"note\x04\x00\x00\x00" + note
-    answer = queue.http.post("/transcribe", files={"file": ("a.wav", file)})
+    return queue.content + b"note\x04\x00\x00\x00" + note
+
+
+def submit_known(queue: Queue) -> None:
+    answer = queue.http.post("/transcribe", files={"file": ("a.wav", known(queue))})
     assert answer.json()["status"] == "completed"
+
+
+def submit_by_digest(queue: Queue) -> None:
+    digest = hashlib.sha256(known(queue)).hexdigest()
+    answer = queue.http.post("/transcribe/by-digest", json={"sha256": digest})
+    assert answer.json()["status"] == "completed"
+
+
+def batch(queue: Queue) -> None:
+    new = [queue.content + b"note\x10\x00\x00\x00" + uuid4().bytes for _ in range(3)]
+    answer = queue.http.post("/batches", files=[("file", ("a.wav", each)) for each in new])
+    path = answer.raise_for_status().headers["location"]
+    queue.http.get(path).raise_for_status()
+    queue.http.delete(path).raise_for_status()
 
 
 CALLS: dict[str, Callable[[Queue], object]] = {
     "POST and DELETE": submit_and_delete,
     "POST of a known file": submit_known,
+    "POST by digest": submit_by_digest,
+    "a batch": batch,
+    "GET /jobs": lambda queue: queue.http.get("/jobs").raise_for_status(),
+    "GET /jobs, none found": lambda queue: queue.http.get("/jobs?status=failed"),
     "GET /status, queued": lambda queue: queue.http.get(f"/status/{queue.waiting}"),
     "GET /status, completed": lambda queue: queue.http.get(f"/status/{queue.done}"),
     "GET /result": lambda queue: queue.http.get(f"/result/{queue.done}"),
