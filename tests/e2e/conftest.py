@@ -77,6 +77,12 @@ def completed_runs(service: Service, worker: str = "worker") -> float:
     return worker_metric(service, worker, "whisper_jobs_total", status="completed")
 
 
+def expect_completed_runs(service: Service, number: float, worker: str = "worker") -> None:
+    """So many and no more. The store knows of an end a moment before the worker counts it."""
+    wait_until(lambda: completed_runs(service, worker) >= number, 10, f"{number} runs are counted")
+    assert completed_runs(service, worker) == number
+
+
 def variant(path: Path, number: int, source: Path = FOX) -> Path:
     """The same sound in other bytes: a WAV with a note at its end."""
     path.write_bytes(source.read_bytes() + b"note\x04\x00\x00\x00" + number.to_bytes(4, "little"))
