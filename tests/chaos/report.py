@@ -40,7 +40,11 @@ class Round:
 
     @property
     def recovery(self) -> float:
-        return max((job.ended_at - self.since for job in self.touched if job.ended_at), default=0.0)
+        return max((self._waited(job) for job in self.touched if job.ended_at), default=0.0)
+
+    def _waited(self, job: Job) -> float:
+        """After the fault; for a job that came later, after it had come."""
+        return job.ended_at - max(self.since, job.accepted_at)
 
 
 @dataclass
