@@ -24,6 +24,7 @@ from shared.errors import (
     LimitReached,
     RateLimited,
     ServiceError,
+    StoreUnavailable,
     TooManyJobs,
     Unauthorized,
 )
@@ -46,6 +47,7 @@ OPEN = frozenset(
 )
 OPEN_FOLDER = "/static/"
 METRICS = ("/metrics", "/stats")  # and what begins so
+SPOKEN = "/v1/audio/"  # below it what is submitted is read at once
 LIMITS: dict[str, type[LimitReached]] = {
     "rate": RateLimited,
     "jobs": TooManyJobs,
@@ -129,8 +131,9 @@ class Access:
         if key is None:
             raise Unauthorized
         context.set({**context.get(), "caller": key.name, "key": key.key_id})
-        if not key.allows(need):
-            raise Forbidden(f"This API key may not do that: it needs the scope `{need}`.")
+        for scope in (need, Scope.READ) if request.scope["path"].startswith(SPOKEN) else (need,):
+            if not key.allows(scope):
+                raise Forbidden(f"This API key may not do that: it needs the scope `{scope}`.")
         limits = key.limits
         if limits == NO_LIMITS:
             return key
@@ -139,6 +142,19 @@ class Access:
             seconds = seconds or await seconds_to_an_end(state, limits)
             raise LIMITS[limit](retry_after_seconds=seconds)
         return key
+
+
+async def is_still_admitted(request: Request) -> bool:
+    """May who opened a long answer go on reading it? Its key may be revoked meanwhile. While nobody
+    can say, yes."""
+    state = state_of(request)
+    if state.settings.auth is Auth.NONE:
+        return True
+    try:
+        key = await state.keys.holder(shown_key(request))
+    except StoreUnavailable:
+        return True
+    return key is not None and key.allows(Scope.READ)
 
 
 async def seconds_to_an_end(state: State, limits: Limits) -> int:

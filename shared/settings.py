@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     max_queue_seconds: int = Field(
         86_400, ge=0, description="Uploads are refused when a new job would wait longer; 0: never."
     )
+    max_wait_seconds: int = Field(
+        3000, ge=1, description="Longest that one request waits for its transcript (/v1/audio)."
+    )
 
     # --- access
     auth: Auth = Field(Auth.NONE, description="none: whoever reaches the API; keys: API keys.")
@@ -101,6 +104,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65_535, description="Port that the API listens on.")
     workers: int = Field(1, ge=1, le=64, description="API processes in one replica.")
+    max_waiters: int = Field(
+        10_000, ge=1, description="Requests that one API process lets wait for a job at a time."
+    )
     worker_slots: int = Field(
         0,
         ge=0,
