@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.staticfiles import StaticFiles
 
-from api import batches, digests, docs, errors, jobs, lists, monitoring, transcriptions
+from api import batches, digests, docs, errors, jobs, lists, monitoring, transcriptions, webhooks
 from api.access import Access
 from api.admission import Admission
+from api.deliveries import DeliveryStore
 from api.dependencies import State
+from api.egress import Egress
+from api.fetch import Fetcher
 from api.key_store import KeyStore
 from api.middleware import Linger, Observe
+from api.sender import Sender
+from api.signing import signer
 from api.store import JobStore, connect
 from shared import logs, metrics
 from shared.broker import celery_app
+from shared.destinations import Destinations
 from shared.settings import Auth, Settings, load_settings, parse_origins
 from shared.storage import Storage
 
@@ -43,11 +50,26 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         storage = Storage(settings.data_dir)
         admission = Admission(settings, store, storage)
         keys = KeyStore(connect(settings))
-        app.state.service = State(settings, store, keys, storage, admission, counted)
+        destinations = Destinations(settings.egress_allow)
+        egress, egress_of_webhooks = Egress(destinations), Egress(destinations)
+        fetcher = Fetcher(settings, egress, storage, admission, counted)
+        deliveries = DeliveryStore(settings, connect(settings))
+        app.state.service = State(
+            settings, store, keys, storage, admission, egress, fetcher, deliveries, counted
+        )
+        sender = Sender(settings, deliveries, egress_of_webhooks, signer(settings), counted)
+        sending = asyncio.create_task(sender.run())
         log.info("api started", extra={"action": "api_started", "auth": settings.auth})
         try:
             yield
         finally:
+            sending.cancel()
+            with suppress(asyncio.CancelledError):
+                await sending
+            await sender.stop()
+            egress.close()
+            egress_of_webhooks.close()
+            await deliveries.close()
             await keys.close()
             await store.close()
             log.info("api stopped", extra={"action": "api_stopped"})
@@ -80,6 +102,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(batches.router)
     app.include_router(lists.router)
     app.include_router(jobs.router)
+    app.include_router(webhooks.router)
     app.include_router(monitoring.router)
     app.include_router(docs.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC), name="static")

@@ -8,6 +8,9 @@ from typing import cast
 from fastapi import Request
 
 from api.admission import Admission
+from api.deliveries import DeliveryStore
+from api.egress import Egress
+from api.fetch import Fetcher
 from api.key_store import KeyStore
 from api.store import JobStore
 from shared.metrics import ApiMetrics
@@ -22,6 +25,9 @@ class State:
     keys: KeyStore
     storage: Storage
     admission: Admission
+    egress: Egress
+    fetcher: Fetcher
+    deliveries: DeliveryStore
     metrics: ApiMetrics
 
 

@@ -1,23 +1,26 @@
-"""POST /transcribe: an upload becomes a durable job."""
+"""POST /transcribe: an upload, or what is at an address, becomes a durable job."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from api import idempotency
 from api.dependencies import state_of
 from api.errors import answers
-from api.forms import form_schema, options_of
-from api.intake import Arrival, announced_bytes, show, take_in
-from api.uploads import receive
+from api.fetch import Fetched
+from api.forms import body_schemas, options_of, read_fields
+from api.intake import Arrival, announced_bytes, show, take_in, with_checked_webhook
+from api.uploads import Upload, receive
 from shared.errors import (
     AudioMinutesUsed,
     EmptyFile,
     FileTooLarge,
     IdempotencyConflict,
     InvalidField,
+    MalformedBody,
     MalformedUpload,
     MissingFile,
     NotAudio,
@@ -25,12 +28,19 @@ from shared.errors import (
     StorageFull,
     StoreFull,
     StoreUnavailable,
+    TooManyFetches,
     TooManyJobs,
     UploadTooSlow,
+    UrlNotAllowed,
+    UrlStatus,
+    UrlTooSlow,
+    UrlUnreachable,
 )
 from shared.schemas import JobAccepted
 
 router = APIRouter(tags=["transcription"])
+
+WITHOUT_FILE = frozenset(body_schemas()) - {"multipart/form-data"}
 
 
 @router.post(
@@ -40,12 +50,18 @@ router = APIRouter(tags=["transcription"])
     summary="Submit a recording",
     responses=answers(
         MalformedUpload,
+        MalformedBody,
         UploadTooSlow,
         FileTooLarge,
         NotAudio,
         MissingFile,
         EmptyFile,
         InvalidField,
+        UrlNotAllowed,
+        UrlUnreachable,
+        UrlStatus,
+        UrlTooSlow,
+        TooManyFetches,
         IdempotencyConflict,
         StoreUnavailable,
         StoreFull,
@@ -58,27 +74,57 @@ router = APIRouter(tags=["transcription"])
         "parameters": [idempotency.PARAMETER],
         "requestBody": {
             "required": True,
-            "content": {"multipart/form-data": {"schema": form_schema()}},
+            "content": body_schemas(),
         },
     },
 )
 async def transcribe(request: Request, response: Response) -> JobAccepted:
-    """Stores the upload and queues its transcription.
+    """Stores the upload, or fetches what is at `url`, and queues its transcription.
 
     Answers as soon as the job is durable. The same file with the same options is transcribed once,
     however often it is sent, so a request may be repeated safely.
     """
 
-    async def upload(path: Path) -> Arrival:
-        received = await receive(
-            request.stream(),
-            request.headers.get("content-type", ""),
-            path,
-            settings.max_file_size_bytes,
-            settings.upload_patience_seconds,
-        )
-        options, job = options_of(received.fields)
-        return Arrival(received.checksum, received.size_bytes, options, job)
+    async def arrive(path: Path) -> Arrival:
+        arrived: Upload | Fetched | None = None
+        if is_without_file(request):
+            fields = await named(request)
+        else:
+            arrived = await receive(
+                request.stream(),
+                request.headers.get("content-type", ""),
+                path,
+                state.settings.max_file_size_bytes,
+                state.settings.upload_patience_seconds,
+                takes_url=True,
+            )
+            fields = arrived.fields
+        url = fields.pop("url", "").strip()
+        options, job = options_of(fields)
+        if url:
+            job = with_checked_webhook(job, state.egress)  # before anything is fetched
+            arrived = await state.fetcher.fetch(url, path)
+        assert arrived
+        return Arrival(arrived.checksum, arrived.size_bytes, options, job, url)
 
-    settings = state_of(request).settings
-    return show(response, await take_in(request, upload, announced_bytes(request)))
+    state = state_of(request)
+    return show(response, await take_in(request, arrive, announced_bytes(request)))
+
+
+def is_without_file(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    return kind.strip().lower() in WITHOUT_FILE
+
+
+async def named(request: Request) -> dict[str, Any]:
+    """The fields of a body that names a `url`. Raises MalformedBody, UploadTooSlow, MissingFile,
+    InvalidField."""
+    fields = await read_fields(request, state_of(request).settings.upload_patience_seconds)
+    if not isinstance(fields.setdefault("url", ""), str):
+        raise InvalidField([("url", "must be text")])
+    if not fields["url"].strip():
+        raise MissingFile(
+            "A body of this type names the recording by its address, as `url`. To send a file, use "
+            "multipart/form-data."
+        )
+    return fields

@@ -105,6 +105,7 @@ class _Form:
     max_file_bytes: int
     max_files: int = 1
     max_bytes: int | None = None  # of all files together
+    takes_url: bool = False  # instead of a file
     fields: dict[str, str] = field(default_factory=dict)
     files: list[ArrivedFile] = field(default_factory=list)
     is_complete: bool = False
@@ -234,19 +235,23 @@ async def receive(
     path: Path,
     max_file_bytes: int,
     patience_seconds: float = 30,
+    *,
+    takes_url: bool = False,
 ) -> Upload:
     """Writes the form's one file to `path` while it arrives.
 
-    Raises MalformedUpload, MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField,
-    StorageFull, UploadTooSlow; whoever called removes what was written.
+    `takes_url`: a field `url` may come instead of the file; then nothing is written. Raises
+    MalformedUpload, MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField, StorageFull,
+    UploadTooSlow; whoever called removes what was written.
     """
 
     async def place() -> Path:
         return path
 
-    form = _Form(max_file_bytes)
+    form = _Form(max_file_bytes, takes_url=takes_url)
     await _take(form, stream, content_type, place, patience_seconds)
-    return Upload(form.files[0].checksum, form.files[0].size_bytes, form.fields)
+    file = form.files[0] if form.files else ArrivedFile()
+    return Upload(file.checksum, file.size_bytes, form.fields)
 
 
 async def receive_files(
@@ -295,7 +300,10 @@ async def _take(
             await file.close()
     if not form.is_complete:
         raise MalformedUpload("The multipart body ends early: its closing boundary is missing.")
-    if not form.files:
+    if form.takes_url and form.fields.get("url", "").strip():
+        if form.files:
+            raise InvalidField([("url", "comes instead of the file; send one of them")])
+    elif not form.files:
         raise MissingFile
 
 
@@ -335,6 +343,7 @@ async def paced(stream: AsyncIterator[bytes], patience_seconds: float) -> AsyncI
         latest = min(latest, clock() + patience_seconds)
 
 
+_MARKUP = (b"<!doctype", b"<html", b"<head", b"<body", b"<script", b"<?xml", b"<svg")
 _TEXT = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}
 
 
@@ -343,5 +352,10 @@ def refuse_text(head: bytes | bytearray) -> None:
 
     Every container that we decode has bytes outside printable ASCII within its first kilobyte.
     """
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_MARKUP):
+        raise NotAudio(
+            "The file is a web page (HTML or XML), not audio or video. Send the recording itself, "
+            "or its own address, not that of a page that plays it."
+        )
     if head and _TEXT.issuperset(head):
         raise NotAudio

@@ -6,16 +6,19 @@ ServiceError
 │   ├── MalformedUpload       the body is not a multipart form we can read
 │   ├── MalformedBody         nor JSON, nor a simple form
 │   ├── MissingFile, EmptyFile, FileTooLarge, BatchTooLarge, NotAudio, UploadTooSlow
+│   ├── UrlNotAllowed         an address that we do not ask
+│   ├── UrlUnreachable, UrlStatus, UrlTooSlow   one that gave nothing
 │   ├── Unauthorized, Forbidden   no valid API key, or one that may not do that
 │   ├── IdempotencyConflict   the key was used for another request
 │   ├── DigestUnknown         the file has to be uploaded
 │   ├── ListingOff            no list of jobs without API keys
-│   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound
+│   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound, WebhookNotFound
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
 │   ├── StoreUnavailable      Redis does not answer
 │   ├── StoreFull             Redis has no memory to spare
 │   ├── QueueFull             too much waits already
+│   ├── TooManyFetches        too many recordings are being fetched
 │   ├── LimitReached          the caller has used what its key allows
 │   │   └── RateLimited, TooManyJobs, AudioMinutesUsed
 │   └── StorageFull           no room for the upload
@@ -76,7 +79,7 @@ larger than 64 KiB."""
 
 class MissingFile(RequestError):
     """No file was sent. Send the audio as the form field `file`, \
-for example: curl -F "file=@audio.mp3" ..."""
+for example: curl -F "file=@audio.mp3" ... or its address as `url`."""
 
     code = "missing_file"
 
@@ -110,6 +113,44 @@ class NotAudio(RequestError):
     """The file is text, not audio or video, whatever its name says."""
 
     code = "unsupported_media"
+
+
+class UrlNotAllowed(RequestError):
+    """The address is none that this server asks."""
+
+    code = "url_not_allowed"
+
+
+UNREACHABLE = {
+    "name": "Its name does not resolve to an address.",
+    "connection": "It takes no connection, or ended it.",
+    "tls": "Its certificate is not valid, or it speaks no TLS.",
+    "protocol": "What it answers is no HTTP.",
+    "ended": "It ended its answer early.",
+}
+
+
+class UrlUnreachable(RequestError):
+    """The server at this address can't be reached."""
+
+    code = "url_unreachable"
+
+    def __init__(self, reason: str = "connection"):
+        """`reason`: one of UNREACHABLE."""
+        self.reason = reason
+        super().__init__(f"The server at this address can't be reached. {UNREACHABLE[reason]}")
+
+
+class UrlStatus(RequestError):
+    """The server at this address did not give the file."""
+
+    code = "url_status"
+
+
+class UrlTooSlow(RequestError):
+    """The server at this address answered too slowly, or not at all."""
+
+    code = "url_too_slow"
 
 
 class Unauthorized(RequestError):
@@ -161,6 +202,12 @@ class JobExpired(RequestError):
     """The job's result was kept for its retention time and is gone. Submit the file again."""
 
     code = "job_expired"
+
+
+class WebhookNotFound(RequestError):
+    """The job was submitted without a webhook_url."""
+
+    code = "webhook_not_found"
 
 
 class ResultNotReady(RequestError):
@@ -216,6 +263,13 @@ class QueueFull(Unavailable):
 Try again after the time that Retry-After names."""
 
     code = "queue_full"
+
+
+class TooManyFetches(Unavailable):
+    """As many recordings are being fetched from other servers as this one does at a time; nothing \
+was kept. Try again after the time that Retry-After names."""
+
+    code = "too_many_fetches"
 
 
 class LimitReached(Unavailable):

@@ -35,6 +35,15 @@ rate:<name>                           string  until it is past   when the next r
 unfinished:<name>                     hash    while there are    job id -> audio held for it (ms)
 held:<name>                           string  while there are    the sum of these
 audio_used:<name>                     string  to midnight (UTC)  audio transcribed for it (ms)
+delivery:<job id>                     hash    as its job         how its webhook was told its end:
+                                                                 state, attempts
+undelivered                           zset    for ever           job id -> its end (ms), until its
+                                                                 webhook knows, or is given up
+receivers                             zset    for ever           receiver (scheme and host of a
+                                                                 webhook) -> when its next delivery
+                                                                 is due (ms)
+deliveries:<receiver>                 zset    while there are    job id -> when it is due (ms); of
+                                                                 one under way, when its lease ends
 
 The prefix is a hash tag, so all keys share one slot. Records of unfinished work have no lifetime:
 they end when the work does. The broker's own keys (the list `transcriptions` and kombu's) are
@@ -58,6 +67,8 @@ PACE = PREFIX + "pace"
 WORKERS = PREFIX + "workers"
 LISTED = PREFIX + "listed"
 API_KEYS = PREFIX + "api_keys"
+UNDELIVERED = PREFIX + "undelivered"
+RECEIVERS = PREFIX + "receivers"
 
 
 def job(job_id: str) -> str:
@@ -118,6 +129,15 @@ def audio_used(name: str) -> str:
     return f"{PREFIX}audio_used:{name}"
 
 
+def delivery(job_id: str) -> str:
+    return f"{PREFIX}delivery:{job_id}"
+
+
+def deliveries(receiver: str) -> str:
+    """`receiver`: as receiver_of() of _common.lua has it."""
+    return f"{PREFIX}deliveries:{receiver}"
+
+
 LUA_PRELUDE = "\n".join(
     [
         f"local {name.upper()} = '{value}'"
@@ -131,6 +151,8 @@ LUA_PRELUDE = "\n".join(
             ("counters", COUNTERS),
             ("pace", PACE),
             ("listed", LISTED),
+            ("undelivered", UNDELIVERED),
+            ("receivers", RECEIVERS),
         ]
     ]
     + [
@@ -147,6 +169,8 @@ LUA_PRELUDE = "\n".join(
             unfinished,
             held,
             audio_used,
+            delivery,
+            deliveries,
         )
     ]
 )
