@@ -14,8 +14,9 @@ import pytest
 import srt
 import webvtt
 
-from tests.conftest import FOX, FOX_WORDS, SAMPLES, wait_until
+from tests.conftest import FOX, FOX_WORDS, wait_until
 from tests.e2e.conftest import completed_runs, expect_completed_runs, leftovers, metric, variant
+from tests.e2e.test_failures import long_file
 from tests.model.media import encode, tone, video
 
 
@@ -423,9 +424,9 @@ def test_a_result_past_its_retention_is_410(start):
     assert service.popen("worker").poll() is None
 
 
-def test_a_long_recording_shows_its_progress(client):
-    """Between 0 and 1, and never backwards."""
-    job = client.submit(SAMPLES / "long.ogg")
+def test_a_long_recording_shows_its_progress(client, tmp_path):
+    """Between 0 and 1, and never backwards; each heartbeat tells it."""
+    job = client.submit(long_file(tmp_path / "long.wav", 120))
     seen: list[float] = []
 
     def ended() -> bool:
