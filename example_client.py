@@ -97,10 +97,13 @@ __all__ = [
     "WhisperError",
 ]
 
+NOT_MODIFIED = 304
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 507})
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 8.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 POLL_SECONDS, MAX_POLL_SECONDS, POLL_GROWTH = 0.5, 5.0, 1.5
+MAX_WAIT_SECONDS = 30.0  # that the service is asked to keep an answer back
+TOO_MANY_WAITERS = "too_many_waiters"  # the service's code for: I can't do that now
 OUTAGE_SECONDS = 600.0  # how long a job is asked after in vain when there is no deadline
 CONNECT_SECONDS = 10.0
 CHUNK_BYTES = 256 * 1024  # of the file, sent at once
@@ -248,7 +251,8 @@ class WhisperClient:
         `file`: a path, or a file opened in binary mode, which is sent from its beginning.
         `on_progress`: called in this thread with each answer of `status`.
         `deadline`: for all of it; raises JobTimeout when it passes.
-        `poll_interval`: between two questions; the server's advice when None.
+        `poll_interval`: between two questions. None: the service answers when there is something
+        new; one that can't do that is asked as often as it advises.
         `idempotency_key`, `ask_first`: as in `submit`.
         Raises every error of the tree above. An error in `on_progress` ends the waiting, not the
         job.
@@ -482,6 +486,7 @@ class AsyncWhisperClient:
             headers["Authorization"] = f"Bearer {api_key}"
         self._max_retries = max_retries
         self._sleep = sleep
+        self._wait_seconds = min(MAX_WAIT_SECONDS, timeout * 2 / 3)
         self._http = httpx2.AsyncClient(
             base_url=url,
             headers=headers,
@@ -507,8 +512,9 @@ class AsyncWhisperClient:
                 accepted = _answer_of(response, "job_id", "status")
                 job_id = str(accepted["job_id"])
                 if accepted["status"] != "completed":
-                    advised = _retry_after(response)
-                    await self._poll(job_id, on_progress, poll_interval, advised or POLL_SECONDS)
+                    can_wait = "events" in (accepted.get("links") or {})
+                    delay = 0.0 if can_wait else _retry_after(response) or POLL_SECONDS
+                    await self._poll(job_id, on_progress, poll_interval, delay)
                 return _answer_of(
                     await self._result(job_id, {"format": "json"}, outlasts=True), "text"
                 )
@@ -683,28 +689,44 @@ class AsyncWhisperClient:
         poll_interval: float | None,
         first_delay: float = 0.0,
     ) -> dict[str, Any]:
-        """Asks until the job is completed."""
+        """Asks until the job is completed. A service whose answer has an ETag is then asked to
+        answer when there is something new."""
         path = _path("status", job_id)
         delay = first_delay if poll_interval is None else min(first_delay, poll_interval)
         interval = POLL_SECONDS
+        tag: str | None = None
         while True:
             if delay > 0:
                 await self._sleep(delay)
-            response = await self._call("GET", path, outlasts=True)
-            job = _answer_of(response, "status")
-            if on_progress is not None:
-                on_progress(job)
-            if job["status"] == "completed":
-                return job
-            if job["status"] == "cancelled":
-                raise JobCancelled(job_id)
-            if job["status"] == "failed":
-                error = job.get("error") or {}
-                raise JobFailed(job_id, error.get("code", "job_failed"), error.get("message", ""))
+            began = time.monotonic()
+            params = {"wait": f"{self._wait_seconds:g}"} if tag else None
+            headers = {"If-None-Match": tag} if tag and on_progress else None
+            try:
+                response = await self._call(
+                    "GET", path, params=params, headers=headers, outlasts=True
+                )
+            except Unavailable as exc:
+                if exc.code != TOO_MANY_WAITERS:
+                    raise
+                tag, delay = None, exc.retry_after or interval
+                continue
+            if response.status_code != NOT_MODIFIED:
+                job = _answer_of(response, "status")
+                if on_progress is not None:
+                    on_progress(job)
+                if _is_completed(job_id, job):
+                    return job
+            tag = response.headers.get("etag") if poll_interval is None else None
             advised = _retry_after(response)
-            delay = poll_interval if poll_interval is not None else advised or interval
-            if not advised:
-                interval = min(interval * POLL_GROWTH, MAX_POLL_SECONDS)
+            if tag is not None:
+                was_kept = params is None or time.monotonic() - began >= POLL_SECONDS
+                delay = 0.0 if was_kept else POLL_SECONDS
+            elif poll_interval is not None:
+                delay = poll_interval
+            elif advised:
+                delay = advised
+            else:
+                delay, interval = interval, min(interval * POLL_GROWTH, MAX_POLL_SECONDS)
 
     async def _call(
         self,
@@ -730,10 +752,10 @@ class AsyncWhisperClient:
                 failure = self._no_answer(exc)
                 failure.__cause__ = exc
             else:
-                if response.is_success:
+                if response.is_success or response.status_code == NOT_MODIFIED:
                     return response
                 failure = _rejection(response)
-                if failure.status not in RETRIED_STATUSES:
+                if failure.status not in RETRIED_STATUSES or failure.code == TOO_MANY_WAITERS:
                     raise failure
             pause = _pause_seconds(attempt, failure.retry_after)
             if pause is None:
@@ -747,6 +769,16 @@ class AsyncWhisperClient:
     def _no_answer(self, exc: httpx2.RequestError) -> ConnectionFailed:
         reason = str(exc) or type(exc).__name__
         return ConnectionFailed(f"No answer from {self._http.base_url}: {reason}")
+
+
+def _is_completed(job_id: str, job: Mapping[str, Any]) -> bool:
+    """False while it is unfinished. Raises JobCancelled, JobFailed."""
+    if job["status"] == "cancelled":
+        raise JobCancelled(job_id)
+    if job["status"] == "failed":
+        error = job.get("error") or {}
+        raise JobFailed(job_id, error.get("code", "job_failed"), error.get("message", ""))
+    return bool(job["status"] == "completed")
 
 
 def _pause_seconds(attempt: int, retry_after: float | None) -> float | None:

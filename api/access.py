@@ -24,6 +24,7 @@ from shared.errors import (
     LimitReached,
     RateLimited,
     ServiceError,
+    StoreUnavailable,
     TooManyJobs,
     Unauthorized,
 )
@@ -139,6 +140,19 @@ class Access:
             seconds = seconds or await seconds_to_an_end(state, limits)
             raise LIMITS[limit](retry_after_seconds=seconds)
         return key
+
+
+async def is_still_admitted(request: Request) -> bool:
+    """May who opened a long answer go on reading it? Its key may be revoked meanwhile. While nobody
+    can say, yes."""
+    state = state_of(request)
+    if state.settings.auth is Auth.NONE:
+        return True
+    try:
+        key = await state.keys.holder(shown_key(request))
+    except StoreUnavailable:
+        return True
+    return key is not None and key.allows(Scope.READ)
 
 
 async def seconds_to_an_end(state: State, limits: Limits) -> int:

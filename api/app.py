@@ -6,17 +6,37 @@ import functools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api import batches, digests, docs, errors, jobs, lists, monitoring, transcriptions
+from api import (
+    batches,
+    digests,
+    docs,
+    errors,
+    events,
+    jobs,
+    lists,
+    monitoring,
+    status,
+    transcriptions,
+)
 from api.access import Access
 from api.admission import Admission
+from api.bare import Shortcut
 from api.dependencies import State
+from api.hub import Hub
 from api.key_store import KeyStore
 from api.middleware import Linger, Observe
+from api.notices import lone_connection
+from api.segments import Pages
+from api.serve import DRAIN
 from api.store import JobStore, connect
 from shared import logs, metrics
 from shared.broker import celery_app
@@ -29,6 +49,24 @@ DESCRIPTION = """Transcribes audio on your own machines: submit a recording, ask
 get its transcript. Every error is `application/problem+json` with a stable `code`."""
 
 
+class Api(FastAPI):
+    """Without the layers that FastAPI puts around all middleware: Observe answers whatever goes
+    wrong, and each layer costs every open request memory."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app: ASGIApp = AsyncExitStackMiddleware(self.router)
+        app = ExceptionMiddleware(app, handlers=self.exception_handlers)
+        for middleware, args, options in reversed(self.user_middleware):
+            app = middleware(app, *args, **options)
+        return app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        await self.middleware_stack(scope, receive, send)
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The ASGI application; `uvicorn --factory api.app:create_app` calls it without arguments."""
     settings = settings or load_settings()
@@ -37,22 +75,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     metrics.build_info()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         celery = celery_app(settings.redis_url.get_secret_value())
         store = JobStore(settings, celery)
         storage = Storage(settings.data_dir)
         admission = Admission(settings, store, storage)
         keys = KeyStore(connect(settings))
-        app.state.service = State(settings, store, keys, storage, admission, counted)
+        hub = Hub(store, lambda: lone_connection(settings), settings.max_waiters, counted.waiters)
+        hub.start()
+        app.state.service = State(
+            settings, store, hub, Pages(store), keys, storage, admission, counted
+        )
         log.info("api started", extra={"action": "api_started", "auth": settings.auth})
         try:
-            yield
+            yield {DRAIN: hub.drain}
         finally:
+            await hub.close()
             await keys.close()
             await store.close()
             log.info("api stopped", extra={"action": "api_stopped"})
 
-    app = FastAPI(
+    app = Api(
         title="Faster Whisper API",
         version=metrics.VERSION,
         description=DESCRIPTION,
@@ -62,6 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     document = functools.cache(lambda: docs.openapi(app, settings.auth))
     app.openapi = document  # type: ignore[method-assign]
+    app.add_middleware(Shortcut, routes=[*status.router.routes, *events.router.routes])
     if settings.auth is Auth.KEYS:
         app.add_middleware(Access)
     if origins := parse_origins(settings.cors_origins):
@@ -69,8 +113,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
-            allow_headers=["Authorization", "Idempotency-Key", "X-API-Key", "X-Request-ID"],
-            expose_headers=["Idempotent-Replayed", "Location", "Retry-After", "X-Request-ID"],
+            allow_headers=[
+                "Authorization",
+                "Idempotency-Key",
+                "If-None-Match",
+                "Last-Event-ID",
+                "X-API-Key",
+                "X-Request-ID",
+            ],
+            expose_headers=[
+                "ETag",
+                "Idempotent-Replayed",
+                "Location",
+                "Retry-After",
+                "X-Request-ID",
+            ],
         )
     app.add_middleware(Observe, metrics=counted)
     app.add_middleware(Linger)
@@ -79,6 +136,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(digests.router)
     app.include_router(batches.router)
     app.include_router(lists.router)
+    app.include_router(status.router)
+    app.include_router(events.router)
     app.include_router(jobs.router)
     app.include_router(monitoring.router)
     app.include_router(docs.router)

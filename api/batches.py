@@ -23,8 +23,9 @@ from api.dependencies import state_of
 from api.errors import answers
 from api.forms import form_schema, options_of
 from api.intake import Arrival, Place, announced_bytes, place_for, refusing, submit
-from api.jobs import end, poll_after_seconds
+from api.jobs import end
 from api.lists import views
+from api.status import poll_after_seconds
 from api.store import JobList
 from api.uploads import (
     FORM_OVERHEAD_BYTES,

@@ -8,7 +8,10 @@ from typing import cast
 from fastapi import Request
 
 from api.admission import Admission
+from api.hub import Hub
 from api.key_store import KeyStore
+from api.protocol import CONNECTION, Connection
+from api.segments import Pages
 from api.store import JobStore
 from shared.metrics import ApiMetrics
 from shared.settings import Settings
@@ -19,6 +22,8 @@ from shared.storage import Storage
 class State:
     settings: Settings
     store: JobStore
+    hub: Hub
+    pages: Pages
     keys: KeyStore
     storage: Storage
     admission: Admission
@@ -27,3 +32,7 @@ class State:
 
 def state_of(request: Request) -> State:
     return cast("State", request.app.state.service)
+
+
+def connection_of(request: Request) -> Connection:
+    return cast("Connection", request.scope[CONNECTION])

@@ -246,4 +246,9 @@ def manifest_of(
 
 
 def links(job_id: str) -> Links:
-    return Links(status=f"/status/{job_id}", result=f"/result/{job_id}", cancel=f"/jobs/{job_id}")
+    return Links(
+        status=f"/status/{job_id}",
+        result=f"/result/{job_id}",
+        events=f"/jobs/{job_id}/events",
+        cancel=f"/jobs/{job_id}",
+    )

@@ -1,10 +1,9 @@
-"""GET /status, GET /result, DELETE /jobs: one job as its caller sees it."""
+"""GET /result, GET /jobs/{id}/partial, DELETE /jobs: what becomes of a job."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Annotated
-from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -12,8 +11,7 @@ from api import formats
 from api.access import audit, caller_of
 from api.dependencies import state_of
 from api.errors import answers
-from api.intake import links
-from api.snapshot import Snapshot
+from api.status import job_id_of, poll_after_seconds
 from shared.errors import (
     InvalidField,
     JobCancelled,
@@ -24,13 +22,11 @@ from shared.errors import (
     ResultNotReady,
     StoreUnavailable,
 )
-from shared.jobs import Job, JobStatus
+from shared.jobs import JobStatus
 from shared.schemas import (
-    Failure,
     JobEnded,
     JobPartial,
     JobResult,
-    JobView,
     Transcript,
     VerboseTranscript,
 )
@@ -41,74 +37,6 @@ ENDS = {
     "cancelled": ("cancelled", "The job was cancelled"),
     "erased": ("deleted", "The job and its result were erased"),
 }
-
-
-def job_id_of(text: str) -> str:
-    """The canonical form of an id; whatever is no UUID was never one of ours."""
-    try:
-        return str(UUID(text))
-    except ValueError as exc:
-        raise JobNotFound from exc
-
-
-def poll_after_seconds(job: Job) -> int:
-    """A polite client asks again after this: soon for the next in line, later for the far back."""
-    if job.status is JobStatus.PROCESSING:
-        return 1
-    return min(30, 1 + (job.queue_position or 1) // 10)
-
-
-@router.get(
-    "/status/{job_id}",
-    response_model=JobView,
-    summary="Ask how far a job is",
-    responses=answers(JobNotFound, StoreUnavailable),
-)
-async def status(job_id: str, request: Request, response: Response) -> JobView:
-    state = state_of(request)
-    job = await state.store.read(job_id_of(job_id), caller_of(request).sees)
-    response.headers["Cache-Control"] = "no-store"
-    if not job.status.is_terminal:
-        response.headers["Retry-After"] = str(poll_after_seconds(job))
-    look = await state.admission.look() if job.queue_position else None
-    return view(job, look)
-
-
-def estimated_wait_seconds(job: Job, look: Snapshot | None) -> float | None:
-    """Its share of the whole queue's time, as if all jobs in it were of one size."""
-    if look is None or look.wait_seconds is None or not job.queue_position:
-        return None
-    ahead = (job.queue_position - 1) / max(look.queued, job.queue_position)
-    return round(look.wait_seconds * ahead, 1)
-
-
-def view(job: Job, look: Snapshot | None = None) -> JobView:
-    # A job that was answered from the cache, or joined late, did not wait for the whole run.
-    began = max(job.started_at, job.submitted_at) if job.started_at else None
-    if job.outcome == "hit":
-        began = job.finished_at
-    ended = job.finished_at
-    return JobView(
-        job_id=job.job_id,
-        status=job.status,
-        progress=job.progress,
-        queue_position=job.queue_position,
-        estimated_wait_seconds=estimated_wait_seconds(job, look),
-        batch_id=job.batch_id,
-        deduplicated=job.outcome != "new",
-        metadata=job.options.metadata,
-        priority=job.options.priority,
-        attempts=job.attempts,
-        duration=job.duration,
-        submitted_at=job.submitted_at,
-        started_at=began,
-        finished_at=ended,
-        expires_at=job.expires_at,
-        queue_seconds=(began - job.submitted_at).total_seconds() if began else None,
-        processing_seconds=(ended - began).total_seconds() if began and ended else None,
-        error=Failure(code=job.error_code, message=job.error_message) if job.error_code else None,
-        links=links(job.job_id),
-    )
 
 
 @router.get(

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from api.access import caller_of
 from api.dependencies import state_of
 from api.errors import answers
-from api.jobs import view
+from api.status import view
 from api.store import JobList
 from shared.errors import InvalidField, ListingOff, StoreUnavailable
 from shared.jobs import Job, JobStatus

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Awaitable
 from contextlib import suppress
 from http import HTTPStatus
 from uuid import uuid4
@@ -25,6 +26,7 @@ LINGER_SECONDS = 30  # nginx's own figures
 LINGER_IDLE_SECONDS = 5
 STRANGER_BYTES = 64 * 1024
 STRANGER_SECONDS = 2
+WAITS = "waits"  # in the state of a request that waits: how long is its client's choice
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
@@ -47,47 +49,62 @@ class Observe:
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         context.set({"request_id": request_id})
-        started = time.perf_counter()
-        status = 500
-        has_begun = False
-
-        async def add_headers(message: Message) -> None:
-            nonlocal status, has_begun
-            if message["type"] == "http.response.start":
-                has_begun = True
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Referrer-Policy"] = "no-referrer"
-                is_docs = scope["path"] == "/docs"
-                headers["Content-Security-Policy"] = DOCS_POLICY if is_docs else API_POLICY
-            await send(message)
-
+        observed = _Observed(scope, send, request_id)
         self.metrics.http_in_progress.inc()
         try:
-            await self.app(scope, receive, add_headers)
+            await self.app(scope, receive, observed.send)
         except Exception as exc:  # answered here, so that this answer has the headers, too
-            if has_begun:
+            if observed.has_begun:
                 raise
             answer = await unexpected(Request(scope), exc)
-            await answer(scope, receive, add_headers)
+            await answer(scope, receive, observed.send)
         finally:
             self.metrics.http_in_progress.dec()
-            seconds = time.perf_counter() - started
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self.metrics.http_requests.labels(_method(scope), route, str(status)).inc()
-            self.metrics.http_duration.labels(_method(scope), route).observe(seconds)
-            log.debug(
-                "request",
-                extra={
-                    "action": "request",
-                    "method": scope["method"],
-                    "route": route,
-                    "status": status,
-                    "seconds": round(seconds, 4),
-                },
-            )
+            observed.count(self.metrics)
+
+
+class _Observed:
+    """A request and its answer."""
+
+    __slots__ = ("_request_id", "_scope", "_send", "_started", "has_begun", "status")
+
+    def __init__(self, scope: Scope, send: Send, request_id: str):
+        self._scope = scope
+        self._send = send
+        self._request_id = request_id
+        self._started = time.perf_counter()
+        self.status = 500
+        self.has_begun = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._request_id
+            headers["X-Content-Type-Options"] = "nosniff"
+            headers["Referrer-Policy"] = "no-referrer"
+            is_docs = self._scope["path"] == "/docs"
+            headers["Content-Security-Policy"] = DOCS_POLICY if is_docs else API_POLICY
+        await self._send(message)
+
+    def count(self, metrics: ApiMetrics) -> None:
+        seconds = time.perf_counter() - self._started
+        method = _method(self._scope)
+        route = getattr(self._scope.get("route"), "path", "unmatched")
+        metrics.http_requests.labels(method, route, str(self.status)).inc()
+        if not self._scope["state"].get(WAITS):
+            metrics.http_duration.labels(method, route).observe(seconds)
+        log.debug(
+            "request",
+            extra={
+                "action": "request",
+                "method": self._scope["method"],
+                "route": route,
+                "status": self.status,
+                "seconds": round(seconds, 4),
+            },
+        )
 
 
 class Linger:
@@ -101,10 +118,12 @@ class Linger:
     def __init__(self, app: ASGIApp):
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http" or scope["method"] in {"GET", "HEAD", "DELETE", "OPTIONS"}:
-            await self.app(scope, receive, send)
-            return
+            return self.app(scope, receive, send)
+        return self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_read = is_strange = False
 
         async def watch() -> Message:

@@ -9,9 +9,10 @@ stop has steps here:
    comes later tries again a second after, and finds the port closed: then nginx asks the next
    replica.
 2. The listening socket closes.
-3. Connections that have not asked anything yet get a moment to do so; answers say
+3. Whoever waits for a job is answered (api/hub.py), to wait on at another replica.
+4. Connections that have not asked anything yet get a moment to do so; answers say
    `Connection: close`.
-4. uvicorn's own shutdown: open requests get GRACEFUL_SECONDS.
+5. uvicorn's own shutdown: open requests get GRACEFUL_SECONDS.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import multiprocess
 
 GRACEFUL_SECONDS = 30
+DRAIN = "whisper.drain"  # in the lifespan's state: what to call when this process is to stop
 SETTLE_SECONDS = 0.2  # a connection that was begun is open: some round trips to nginx
 FIRST_REQUEST_SECONDS = 2.0
 
@@ -70,6 +72,8 @@ class Server(uvicorn.Server):
         await asyncio.sleep(SETTLE_SECONDS)
         for server in self.servers:
             server.close()
+        if drain := self.lifespan.state.get(DRAIN):
+            drain()
         deadline = time.monotonic() + FIRST_REQUEST_SECONDS
         while self._has_silent() and time.monotonic() < deadline:  # noqa: ASYNC110 (no event has it)
             await asyncio.sleep(0.02)

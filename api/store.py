@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -22,6 +22,7 @@ from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import RedisError, ResponseError
 
 from api.snapshot import Snapshot
+from api.together import Together
 from shared import keys
 from shared.broker import QUEUE_NAME, doorbell, short
 from shared.errors import (
@@ -46,6 +47,8 @@ from shared.storage import Manifest
 log = logging.getLogger(__name__)
 
 VERBS = ("submit", "known", "read", "list", "cancel", "erase")
+JOBS_AT_ONCE = 200
+TRANSCRIPTS_AT_ONCE = 16  # each may have some MB
 RETRY_AFTER_SECONDS = 5
 FULL_RETRY_AFTER_SECONDS = 30
 LOOK_AT_JOBS = 100  # in one page, whatever becomes of them
@@ -141,6 +144,8 @@ class JobStore:
         self._celery = celery
         self._redis = connect(settings)
         self._run = Scripts(self._redis, VERBS).run
+        self._jobs = Together(self._read_jobs, JOBS_AT_ONCE)
+        self._transcripts = Together(self._read_transcripts, TRANSCRIPTS_AT_ONCE)
         self._slots = 0  # of the live workers, when there were any last
 
     async def close(self) -> None:
@@ -200,10 +205,9 @@ class JobStore:
 
     async def read(self, job_id: str, seen_by: str) -> Job:
         """Raises JobNotFound, JobExpired."""
-        reply = await self._run("read", job_id, seen_by)
-        if not reply:
+        job = await self._jobs.get((job_id, seen_by))
+        if job is None:
             raise JobNotFound
-        job = Job.of(job_id, reply)
         if job.is_expired:
             raise JobExpired
         return job
@@ -227,13 +231,14 @@ class JobStore:
 
     async def transcript(self, job: Job) -> bytes:
         """The rendered JSON of a completed job. Raises JobExpired when it is gone."""
-        try:
-            text = await self._redis.get(keys.transcript(job.fingerprint))
-        except RedisError as exc:
-            raise unavailable(exc) from exc
+        text = await self._transcripts.get(job.fingerprint)
         if text is None:
             raise JobExpired
-        return str(text).encode()
+        return text.encode()
+
+    async def part(self, job: Job, number: int) -> str | None:
+        """What became of a part of an unfinished job, as JSON. None: it is not done."""
+        return await self._transcripts.get(keys.part(job.fingerprint, number))
 
     async def partial(self, job: Job) -> list[Segment]:
         """What is there of an unfinished job: the segments of its parts, up to the first gap."""
@@ -298,6 +303,19 @@ class JobStore:
             memory_used_bytes=memory["used_memory"],
             memory_max_bytes=memory["maxmemory"],
         )
+
+    async def _read_jobs(self, asked: list[tuple[str, str]]) -> list[Job | None]:
+        replies = await self._run("read", *chain.from_iterable(asked))
+        return [
+            Job.of(job_id, reply) if reply else None
+            for (job_id, _), reply in zip(asked, replies, strict=True)
+        ]
+
+    async def _read_transcripts(self, units: list[str]) -> list[str | None]:
+        try:
+            return cast("list[str | None]", await self._redis.mget(map(keys.transcript, units)))
+        except RedisError as exc:
+            raise unavailable(exc) from exc
 
     async def _ring(self, hint: str) -> None:
         """A bell that fails is no error: a worker's reaper rings the missing ones."""

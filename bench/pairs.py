@@ -35,7 +35,7 @@ class Measured:
     first_spent: Spent  # medians
     second_spent: Spent
     pairs: int
-    unit: str = "s"  # s | MB
+    unit: str = "s"  # s | MB | KB
 
     @property
     def ratio(self) -> float:

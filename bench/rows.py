@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import backlog, long, memory, speed
+from bench import backlog, long, memory, speed, waiting
 from bench.stage import Row
 
 ROWS = (
@@ -104,6 +104,20 @@ ROWS = (
         "<= 1.2",
         lambda ratio: ratio <= 1.2,
         backlog.endpoints,
+    ),
+    Row(
+        "w1",
+        "5,000 clients wait at one API process: memory of each / at a bare ASGI application",
+        "<= 1.65",
+        lambda ratio: ratio <= 1.65,
+        waiting.memory,
+    ),
+    Row(
+        "w2",
+        "all of them hear of an end: time of the last / at a bare ASGI application",
+        "<= 10",
+        lambda ratio: ratio <= 10,
+        waiting.notifying,
     ),
     Row(
         "mem",

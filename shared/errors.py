@@ -16,6 +16,7 @@ ServiceError
 │   ├── StoreUnavailable      Redis does not answer
 │   ├── StoreFull             Redis has no memory to spare
 │   ├── QueueFull             too much waits already
+│   ├── TooManyWaiters        too many requests wait for a job already
 │   ├── LimitReached          the caller has used what its key allows
 │   │   └── RateLimited, TooManyJobs, AudioMinutesUsed
 │   └── StorageFull           no room for the upload
@@ -216,6 +217,13 @@ class QueueFull(Unavailable):
 Try again after the time that Retry-After names."""
 
     code = "queue_full"
+
+
+class TooManyWaiters(Unavailable):
+    """As many requests wait for a job here as this server allows. Ask without `wait`, or again \
+after the time that Retry-After names."""
+
+    code = "too_many_waiters"
 
 
 class LimitReached(Unavailable):

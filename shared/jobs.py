@@ -106,7 +106,7 @@ class Claim:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One job as its caller sees it."""
 
@@ -120,6 +120,8 @@ class Job:
     progress: float  # share of the audio that is transcribed, 0 to 1
     queue_position: int | None  # 1 is next; None unless queued
     attempts: int  # how often a worker began it
+    parts: int  # of a long recording, while it runs in them
+    parts_done: int
     duration: float | None  # seconds of audio, known once it has run
     submitted_at: datetime
     started_at: datetime | None
@@ -139,6 +141,7 @@ class Job:
         status = JobStatus(work.get("status") or JobStatus.QUEUED)
         is_past = "expires_ms" in job and int(job["expires_ms"]) <= int(now_ms)
         is_gone = status is JobStatus.COMPLETED and not has_transcript
+        parts = int(work.get("parts") or 0)
         return cls(
             job_id=job_id,
             fingerprint=job["fingerprint"],
@@ -150,6 +153,8 @@ class Job:
             progress=1.0 if status is JobStatus.COMPLETED else _share(work.get("progress")),
             queue_position=int(rank) + 1 if status is JobStatus.QUEUED and int(rank) >= 0 else None,
             attempts=int(work.get("attempts") or 0),
+            parts=parts,
+            parts_done=parts - int(work.get("parts_left") or 0),
             duration=float(work["duration"]) if work.get("duration") else None,
             submitted_at=datetime.fromtimestamp(int(job["submitted_ms"]) / 1000, UTC),
             started_at=instant(work.get("started_ms")),
@@ -158,6 +163,19 @@ class Job:
             is_expired=is_past or is_gone,
             error_code=job.get("error_code", ""),
             error_message=job.get("error_message", ""),
+        )
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What changes in the course of its life, but for its place in the queue: that changes with
+        other jobs."""
+        return (
+            str(self.status),
+            self.progress,
+            self.attempts,
+            self.parts_done,
+            self.started_at,
+            self.finished_at,
         )
 
 

@@ -35,6 +35,7 @@ rate:<name>                           string  until it is past   when the next r
 unfinished:<name>                     hash    while there are    job id -> audio held for it (ms)
 held:<name>                           string  while there are    the sum of these
 audio_used:<name>                     string  to midnight (UTC)  audio transcribed for it (ms)
+changes:<fingerprint>                 channel                    moved | ended [job id]
 
 The prefix is a hash tag, so all keys share one slot. Records of unfinished work have no lifetime:
 they end when the work does. The broker's own keys (the list `transcriptions` and kombu's) are
@@ -118,6 +119,10 @@ def audio_used(name: str) -> str:
     return f"{PREFIX}audio_used:{name}"
 
 
+def changes(fingerprint: str) -> str:
+    return f"{PREFIX}changes:{fingerprint}"
+
+
 LUA_PRELUDE = "\n".join(
     [
         f"local {name.upper()} = '{value}'"
@@ -147,6 +152,7 @@ LUA_PRELUDE = "\n".join(
             unfinished,
             held,
             audio_used,
+            changes,
         )
     ]
 )

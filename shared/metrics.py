@@ -55,6 +55,7 @@ JOB_ERRORS = (
     "handed_back_too_often",
     "internal_error",
 )
+WAITER_KINDS = ("status", "events")
 STAGES = ("decode", "vad", "transcribe", "store")
 CLEANED = ("upload", "abandoned_upload", "transcript", "part")
 
@@ -127,6 +128,15 @@ class ApiMetrics:
             buckets=_SIZE_BUCKETS,
             registry=registry,
         )
+        self.waiters = Gauge(
+            "whisper_waiters",
+            "Requests that wait for a job: status (GET /status?wait=), events (event streams)",
+            ["kind"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        for kind in WAITER_KINDS:
+            self.waiters.labels(kind)
         for reason in set(REJECTIONS.values()):
             self.rejected.labels(reason)
         for result in OUTCOMES.values():

@@ -72,6 +72,7 @@ class Transcript(BaseModel):
 class Links(BaseModel):
     status: str
     result: str
+    events: str
     cancel: str
 
 

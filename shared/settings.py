@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65_535, description="Port that the API listens on.")
     workers: int = Field(1, ge=1, le=64, description="API processes in one replica.")
+    max_waiters: int = Field(
+        10_000, ge=1, description="Requests that one API process lets wait for a job at a time."
+    )
     worker_slots: int = Field(
         0,
         ge=0,

@@ -111,15 +111,23 @@ local function found(fp, model)
   return is_hit and 'hit' or 'new'
 end
 
--- How far a unit is, 0 to 1. A part moves its parent by its share of it.
+-- Whoever waits for a transcription, or for one job that holds it, reads it anew: it has moved, or
+-- ended. Nobody is told what became of it: this is a bell, too.
+local function tell(fp, what, id)
+  redis.call('PUBLISH', changes(fp), id and what .. ' ' .. id or what)
+end
+
+-- How far a unit is, 0 to 1. A part moves its parent by its share of it. Returns whether it moved.
 local function set_progress(unit, progress)
   local parent = parent_of(unit)
+  local fields = redis.call('HMGET', transcription(unit), 'progress', 'share')
+  local step = tonumber(progress) - tonumber(fields[1])
   if parent then
-    local fields = redis.call('HMGET', transcription(unit), 'progress', 'share')
-    local step = (tonumber(progress) - tonumber(fields[1])) * tonumber(fields[2])
-    redis.call('HINCRBYFLOAT', transcription(parent), 'progress', string.format('%.6f', step))
+    redis.call('HINCRBYFLOAT', transcription(parent), 'progress',
+      string.format('%.6f', step * tonumber(fields[2])))
   end
   redis.call('HSET', transcription(unit), 'progress', progress)
+  return step ~= 0
 end
 
 -- What a job keeps of the run that ended it, so that a later run of the same file changes nothing.
@@ -143,7 +151,8 @@ end
 local function seen_job(name, id)
   local fp = fingerprint_seen_by(name, id)
   if not fp then return end
-  local names, work = {'status', 'started_ms', 'attempts', 'duration', 'progress'}, {}
+  local names, work = {'status', 'started_ms', 'attempts', 'duration', 'progress', 'parts',
+    'parts_left'}, {}
   for n, value in ipairs(redis.call('HMGET', transcription(fp), unpack(names))) do
     table.insert(work, names[n])
     table.insert(work, value or '')
@@ -273,6 +282,7 @@ local function end_transcription(fp, now, status, code, message, retention_ms, g
       paid[owner] = true
     end
   end
+  tell(fp, 'ended')
   return ids
 end
 
@@ -286,6 +296,7 @@ local function requeue(unit)
     redis.call('HDEL', transcription(unit), 'started_ms')
   end
   enqueue(parent_of(unit) and PARTS or QUEUE, unit)
+  tell(parent_of(unit) or unit, 'moved')
 end
 
 -- Removes a transcript and its place in the cache's books.

@@ -18,5 +18,7 @@ redis.call('SREM', holders(fp), id)
 local is_last = redis.call('SCARD', holders(fp)) == 0
 if is_last then
   end_transcription(fp, now, 'cancelled', '', '', retention_ms, grace_ms)
+else
+  tell(fp, 'ended', id)
 end
 return {'cancelled', redis.call('HGETALL', job(id)), is_last and fp or ''}

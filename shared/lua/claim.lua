@@ -63,6 +63,7 @@ while true do
     redis.call('ZADD', LEASES, digits(now + ARGV[3]), unit)
     local fp = parent_of(unit) or unit
     local some = redis.call('SRANDMEMBER', holders(fp), 20)
+    if fp == unit then tell(fp, 'moved') end
     return {unit, redis.call('HGETALL', transcription(fp)), attempts, some}
   end
 end

@@ -16,4 +16,5 @@ if redis.call('HINCRBY', transcription(fp), 'parts_left', -1) == 0 then
   redis.call('HINCRBY', transcription(fp), 'attempts', -1)
   enqueue(QUEUE, fp)
 end
+tell(fp, 'moved')
 return 'ok'

@@ -1,4 +1,6 @@
--- One job as its caller sees it, in one round trip.
--- ARGV  1 job id  2 who asks ('' sees all)
--- returns  {} if unknown, else as seen_job()
-return seen_job(ARGV[2], ARGV[1]) or {}
+-- Jobs as their callers see them, in one round trip.
+-- ARGV  1 job id  2 who asks ('' sees all), and so on in pairs
+-- returns  for each pair: {} if unknown, else as seen_job()
+local seen = {}
+for n = 1, #ARGV, 2 do seen[#seen + 1] = seen_job(ARGV[n + 1], ARGV[n]) or {} end
+return seen

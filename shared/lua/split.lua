@@ -16,4 +16,5 @@ for n = 4, #ARGV do
     'handbacks', '0', 'progress', '0', 'weight', digits(weight * ARGV[n]))
   enqueue(PARTS, unit)
 end
+tell(fp, 'moved')
 return 'ok'

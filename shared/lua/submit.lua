@@ -76,4 +76,5 @@ if outcome == 'hit' then
   count('jobs_completed')
   keep_transcript(fp, now, retention_ms, grace_ms)
 end
+tell(fp, outcome == 'hit' and 'ended' or 'moved', id) -- a job that was lost may be waited for
 return {outcome, leader}

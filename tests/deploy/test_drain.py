@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPResponse
@@ -17,10 +18,12 @@ from typing import Any, Self
 import httpx2
 import pytest
 
+from example_client import WhisperClient
 from local.service import Service, answers
 from tests.conftest import FOX_WORDS, free_port, wait_until
 from tests.deploy.nginx import Nginx, Resolver
-from tests.e2e.conftest import variant
+from tests.e2e.conftest import Client, variant
+from tests.e2e.streams import ENDS, Event, Hand, Stream, segments
 
 ADDRESSES = ("127.0.0.2", "127.0.0.3")
 TURNS = int(os.environ.get("DRAIN_TURNS", "6"))
@@ -130,6 +133,76 @@ def test_a_rolling_restart_fails_no_request_and_loses_no_job(processes, turns, t
             wait_until(ended, 60, "every job that was accepted is done")
             texts = {http.get(f"/result/{job}").json()["text"].strip() for job in users.jobs[-20:]}
         assert texts == {FOX_WORDS}
+
+
+@dataclass
+class Follower:
+    """Follows a job's events as a browser does: whenever the stream ends, it comes back with the id
+    of the last event. `failures`: every answer and every end that was not as it should be."""
+
+    client: Client
+    job: str
+    events: list[Event] = field(default_factory=list)
+    streams: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(60)
+
+    def _follow(self) -> None:
+        while not self.events or self.events[-1].name not in ENDS:
+            self.streams += 1
+            with Stream(self.client, self.job, self.events[-1].id if self.events else "") as stream:
+                if stream.answer.status_code != 200:
+                    self.failures.append(stream.answer.read().decode())
+                    return
+                wait_until(lambda s=stream: s.is_over or s.error, 60)
+                self.events += stream.events
+                if stream.error:
+                    self.failures.append(repr(stream.error))
+
+
+@pytest.mark.timeout(120)
+def test_who_waits_misses_nothing_of_a_rolling_restart(tmp_path):
+    """Streams end and are taken up at another replica, segment by segment; long polls go on."""
+    with (
+        replicas(tmp_path / "service", lease_seconds="600") as service,
+        Resolver(*ADDRESSES) as names,
+        Nginx(
+            tmp_path / "nginx",
+            NGINX_API=f"api:{service.settings.port}",
+            NGINX_RESOLVER=names.resolver,
+        ) as nginx,
+    ):
+        wait_until(lambda: answers(nginx.url + "/health/ready"), 10, "nginx knows the replicas")
+        hand = Hand(service, tmp_path)
+        hand.client.http.base_url = nginx.url
+        job, whole = hand.begin()
+        hand.store.split(whole, '{"duration":9}', [0.25] * 4)
+        with ExitStack() as waiting, ThreadPoolExecutor(1) as pool:
+            followers = [waiting.enter_context(Follower(hand.client, job)) for _ in range(8)]
+            client = waiting.enter_context(WhisperClient(nginx.url))
+            wait = pool.submit(client.wait, job, deadline=60)
+            for number, name in enumerate(("API", "API-2", "API", "API-2")):
+                hand.finish_part(hand.claim(), [f"{number} a", f"{number} b"])
+                service.restart(name)
+                service.wait_ready(30, name)
+            texts = [f"{number} {letter}" for number in range(4) for letter in "ab"]
+            hand.complete(hand.claim(), segments(texts))
+            assert wait.result(10)["status"] == "completed"
+        for follower in followers:
+            assert follower.failures == []
+            assert follower.streams > 1, "its replica was restarted"
+            told = [event.data for event in follower.events if event.name == "segment"]
+            assert [segment["id"] for segment in told] == list(range(8))
+            assert [segment["text"] for segment in told] == texts
+            assert follower.events[-1].name == "completed"
+        hand.close()
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

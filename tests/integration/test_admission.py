@@ -13,7 +13,7 @@ import pytest_asyncio
 import redis
 
 from api.admission import READ_ANYWAY_BYTES, Admission, retry_after
-from api.jobs import estimated_wait_seconds
+from api.status import estimated_wait_seconds
 from api.store import JobStore
 from shared import keys
 from shared.errors import QueueFull, StorageFull

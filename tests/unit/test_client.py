@@ -961,6 +961,73 @@ async def test_a_poll_interval_overrides_the_advice(
     assert pauses == [0.25, 0.25, 0.25]
 
 
+def tagged(status: str, tag: str, **fields: Any) -> Answer:
+    """The answer of a service that can keep the next one back."""
+    return Answer(job(status, **fields).body, headers={"ETag": tag, "Retry-After": "9"})
+
+
+WAITING_PATH = f"{STATUS_PATH}?wait=20"
+UNCHANGED = Answer("", status=304, headers={"ETag": 'W/"b"', "Retry-After": "9"})
+
+
+async def test_a_service_that_can_wait_is_asked_to(
+    server: Server, audio: Path, pauses: Pauses
+) -> None:
+    """Its answers carry a tag. Nothing is polled then: not after the upload either."""
+    links = {"status": "/status/job-1", "events": "/jobs/job-1/events"}
+    server.on("POST /transcribe", Answer({**accepted().body, "links": links}, status=202))
+    server.on(STATUS_PATH, tagged("queued", 'W/"a"'))
+    server.on(WAITING_PATH, tagged("completed", 'W/"b"'))
+    server.on(RESULT_PATH, RESULT)
+    async with AsyncWhisperClient(server.url, sleep=pauses) as client:
+        assert (await client.transcribe_file(audio))["duration"] == 2.5
+    assert [r.path for r in server.received[1:3]] == ["/status/job-1", "/status/job-1?wait=20"]
+    assert "if-none-match" not in server.received[2].headers, "nothing but the end is of interest"
+    assert pauses == []
+
+
+async def test_who_wants_progress_hears_of_what_is_new_only(server: Server, pauses: Pauses) -> None:
+    server.on(STATUS_PATH, tagged("queued", 'W/"a"', progress=0))
+    server.on(WAITING_PATH, tagged("processing", 'W/"b"'), UNCHANGED, tagged("completed", 'W/"c"'))
+    seen: list[dict[str, Any]] = []
+    async with AsyncWhisperClient(server.url, sleep=pauses) as client:
+        await client.wait("job-1", on_progress=seen.append)
+    assert [status["status"] for status in seen] == ["queued", "processing", "completed"]
+    asked = [r.headers.get("if-none-match") for r in server.received]
+    assert asked == [None, 'W/"a"', 'W/"b"', 'W/"b"']
+
+
+async def test_answers_that_were_not_kept_back_are_not_asked_for_in_a_rush(
+    server: Server, pauses: Pauses
+) -> None:
+    """Whatever is between the client and the service."""
+    server.on(STATUS_PATH, tagged("processing", 'W/"a"'))
+    server.on(WAITING_PATH, *[tagged("processing", 'W/"a"')] * 3, tagged("completed", 'W/"b"'))
+    async with AsyncWhisperClient(server.url, sleep=pauses) as client:
+        await client.wait("job-1")
+    assert pauses == [0.5] * 3
+
+
+async def test_where_too_many_wait_the_client_polls(server: Server, pauses: Pauses) -> None:
+    server.on(STATUS_PATH, tagged("processing", 'W/"a"'))
+    server.on(
+        WAITING_PATH, *[problem(503, "too_many_waiters", "4")] * 2, tagged("completed", 'W/"b"')
+    )
+    async with AsyncWhisperClient(server.url, sleep=pauses) as client:
+        await client.wait("job-1")
+    assert pauses == [4, 4]
+    plain, waiting = STATUS_PATH[4:], WAITING_PATH[4:]
+    assert [r.path for r in server.received] == [plain, waiting] * 3
+
+
+async def test_a_wait_fits_into_the_patience_of_the_client(server: Server) -> None:
+    """Or each would look like a service that is away."""
+    server.on(STATUS_PATH, tagged("processing", 'W/"a"'))
+    server.on(f"{STATUS_PATH}?wait=2", tagged("completed", 'W/"b"'))
+    async with AsyncWhisperClient(server.url, timeout=3) as client:
+        assert (await client.wait("job-1"))["status"] == "completed"
+
+
 async def test_a_file_that_was_transcribed_before_needs_no_waiting(
     server: Server, audio: Path, pauses: Pauses
 ) -> None:

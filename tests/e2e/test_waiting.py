@@ -1,0 +1,612 @@
+"""Waiting for a job without asking again and again: long polls and event streams of the running
+service. A worker by hand makes each step happen when a test says so."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from uuid import uuid4
+
+import httpx2
+import pytest
+
+from local.service import Service, answers
+from shared import keys
+from shared.errors import UnreadableMedia
+from tests.conftest import FOX_WORDS, free_port, wait_until
+from tests.e2e.conftest import QUICK, Client, metric
+from tests.e2e.streams import ENDS, Event, Hand, Stream, segments
+from tests.e2e.test_access import command, new_key
+
+LONG_LEASE = {"lease_seconds": "600"}
+PROMPT_SECONDS = 1.0  # from a change until who waits has it, on a busy machine, too
+
+
+@pytest.fixture(scope="module")
+def hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
+    folder = tmp_path_factory.mktemp("waiting")
+    with Service.in_folder(folder, {**QUICK, **LONG_LEASE}) as service:
+        service.wait_ready(60)
+        made = Hand(service, folder)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def by_hand(start, tmp_path) -> Callable[..., Hand]:
+    """Starts a service of the test's own, to break."""
+    made: list[Hand] = []
+
+    def begin(**environment: str) -> Hand:
+        service, _ = start(**{**LONG_LEASE, **environment})
+        made.append(Hand(service, tmp_path))
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def later() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def ask(hand: Hand, job: str, tag: str = "", **query: str) -> httpx2.Response:
+    headers = {"If-None-Match": tag} if tag else {}
+    url = f"{hand.service.base_url}/status/{job}"
+    return httpx2.get(url, params=query, headers=headers, timeout=70, trust_env=False)
+
+
+def waiters(hand: Hand, **kind: str) -> float:
+    return metric(hand.client.http.get("/metrics").text, "whisper_waiters", **kind)
+
+
+def promptly(wait: Future[httpx2.Response]) -> httpx2.Response:
+    began = time.monotonic()
+    answer = wait.result(10)
+    assert time.monotonic() - began < PROMPT_SECONDS
+    return answer
+
+
+# --- Long polls -----------------------------------------------------------------------------------
+
+
+def test_a_long_poll_is_answered_when_the_job_ends(hand, later):
+    """And not before, whatever happens meanwhile."""
+    job = hand.submit()
+    wait = later.submit(ask, hand, job, wait="30")
+    wait_until(lambda: waiters(hand, kind="status") == 1)
+    claim = hand.claim()
+    hand.store.renew(claim, 0.5)
+    hand.complete(claim)
+    answer = promptly(wait)
+    assert (answer.status_code, answer.json()["status"]) == (200, "completed")
+    assert "retry-after" not in answer.headers
+    assert ask(hand, job, wait="30").json() == answer.json()
+    wait_until(lambda: waiters(hand) == 0)
+
+
+def test_a_long_poll_has_a_deadline(hand):
+    """Then the answer is the present status, with the advice of any other."""
+    job, claim = hand.begin()
+    began = time.monotonic()
+    answer = ask(hand, job, wait="0.5")
+    assert 0.5 <= time.monotonic() - began < 5
+    assert (answer.status_code, answer.json()["status"]) == (200, "processing")
+    assert answer.headers["retry-after"] == "1"
+    hand.complete(claim)
+
+
+def test_an_answer_with_a_tag_is_not_sent_twice(hand):
+    job, claim = hand.begin()
+    first = ask(hand, job)
+    tag = first.headers["etag"]
+    again = ask(hand, job, tag)
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["etag"] == tag
+    assert again.headers["retry-after"] == "1"
+    assert ask(hand, job, f'"x", {tag}').status_code == 304
+    assert ask(hand, job, '"x"').json() == first.json()
+    hand.store.renew(claim, 0.25)
+    assert ask(hand, job, tag).json()["progress"] == 0.25
+    hand.complete(claim)
+    ended = ask(hand, job, tag)
+    assert ended.json()["status"] == "completed"
+    assert ask(hand, job, ended.headers["etag"], wait="30").status_code == 304, "at once"
+
+
+def test_a_long_poll_with_a_tag_is_answered_when_that_is_old(hand, later):
+    """So a client follows a job from change to change."""
+    job = hand.submit()
+    tag = ask(hand, job).headers["etag"]
+    seen, claims = [], []
+    for step in (
+        lambda: claims.append(hand.claim()),
+        lambda: hand.store.renew(claims[0], 0.5),
+        lambda: hand.store.hand_back(claims[0]),
+        lambda: hand.store.fail(hand.claim(), UnreadableMedia()),
+    ):
+        wait = later.submit(ask, hand, job, tag, wait="30")
+        wait_until(lambda: waiters(hand, kind="status") == 1)
+        step()
+        answer = promptly(wait)
+        seen.append((answer.json()["status"], answer.json()["progress"]))
+        tag = answer.headers["etag"]
+    assert seen == [("processing", 0), ("processing", 0.5), ("queued", 0), ("failed", 0)]
+
+
+def test_a_long_poll_without_news_says_so(hand):
+    job, claim = hand.begin()
+    tag = ask(hand, job).headers["etag"]
+    answer = ask(hand, job, tag, wait="0.3")
+    assert (answer.status_code, answer.content) == (304, b"")
+    hand.complete(claim)
+
+
+def test_a_place_in_the_queue_makes_a_tag_old_but_wakes_nobody(hand, later):
+    """It changes with each job before it; thousands may wait behind."""
+    first, second = hand.submit(), hand.submit()
+    tag = ask(hand, second).headers["etag"]
+    wait = later.submit(ask, hand, second, tag, wait="2")
+    wait_until(lambda: waiters(hand, kind="status") == 1)
+    hand.complete(hand.claim())
+    assert not wait.done()
+    assert ask(hand, second, tag).json()["queue_position"] == 1
+    assert not wait.done()
+    assert wait.result(10).json()["queue_position"] == 1, "what is then, at its deadline"
+    assert hand.client.status(first)["status"] == "completed"
+    hand.complete(hand.claim())
+
+
+@pytest.mark.parametrize("wait", ["-1", "61", "nan", "inf", "soon", ""])
+def test_a_wait_has_bounds(hand, wait):
+    answer = ask(hand, str(uuid4()), wait=wait)
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {"field": "wait", "message": "must be a number of seconds from 0 to 60"}
+    ]
+
+
+def test_who_waits_for_nothing_is_told_at_once(hand, raw_of):
+    for path in ("status/{}", "jobs/{}/events"):
+        for job in (str(uuid4()), "nonsense"):
+            answer = hand.client.http.get("/" + path.format(job), params={"wait": "30"})
+            assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+    job, claim = hand.begin()
+    hand.complete(claim)
+    raw_of(hand.service).hset(keys.job(job), "expires_ms", 1)
+    for path in ("status/{}", "jobs/{}/events"):
+        answer = hand.client.http.get("/" + path.format(job), params={"wait": "30"})
+        assert (answer.status_code, answer.json()["code"]) == (410, "job_expired")
+
+
+# --- Event streams --------------------------------------------------------------------------------
+
+
+def test_a_stream_tells_the_life_of_a_job(hand):
+    job = hand.submit(metadata='{"a": 1}')
+    with Stream(hand.client, job) as stream:
+        assert stream.answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert stream.answer.headers["cache-control"] == "no-store"
+        assert stream.answer.headers["x-accel-buffering"] == "no"
+        queued = stream.until("queued")
+        claim = hand.claim()
+        started = stream.until("started")
+        hand.store.renew(claim, 0.4)
+        progress = stream.until("progress")
+        hand.store.hand_back(claim)
+        stream.until("queued")
+        claim = hand.claim()
+        stream.until("started")
+        hand.complete(claim, segments([" one", " two"]))
+        stream.until_over()
+    assert stream.names == [
+        "queued", "started", "progress", "queued", "started", "segment", "segment", "completed",
+    ]  # fmt: skip
+    assert (queued.data["status"], queued.data["queue_position"]) == ("queued", 1)
+    assert (started.data["status"], started.data["attempts"]) == ("processing", 1)
+    assert progress.data == {"progress": 0.4}
+    whole = hand.client.http.get(f"/result/{job}").json()["segments"]
+    assert [e.data for e in stream.events if e.name == "segment"] == whole
+    assert stream.events[-1].data == hand.client.status(job)
+    assert stream.events[-1].data["links"]["result"] == f"/result/{job}"
+    assert len({event.id for event in stream.events}) == len(stream.events)
+
+
+def test_the_segments_of_a_long_recording_come_part_by_part(hand):
+    """In order, whatever the order in which parts are done; and each once."""
+    job, whole = hand.begin()
+    hand.store.split(whole, '{"duration":9}', [0.25] * 4)
+    parts = [hand.claim() for _ in range(4)]
+    with Stream(hand.client, job) as stream:
+        stream.until("started")
+        hand.finish_part(parts[1], ["c", "d"])
+        stream.until("progress")
+        assert stream.segments == []
+        hand.finish_part(parts[0], ["a", "b"])
+        stream.until_told([0, 1, 2, 3])
+        hand.finish_part(parts[2], [])
+        hand.finish_part(parts[3], ["e"])
+        stream.until_told([0, 1, 2, 3, 4])
+        hand.complete(hand.claim(), segments("abcde"))
+        stream.until_over()
+    assert stream.segments == [0, 1, 2, 3, 4]
+    assert [e.data["text"] for e in stream.events if e.name == "segment"] == list("abcde")
+    steps = [e.data["progress"] for e in stream.events if e.name == "progress"]
+    assert steps == sorted(steps)
+    assert stream.names[-1] == "completed"
+
+
+def test_a_recording_that_is_planned_anew_repeats_no_segment(hand):
+    job, whole = hand.begin()
+    hand.store.split(whole, '{"duration":9}', [0.5, 0.5])
+    first, second = hand.claim(), hand.claim()
+    with Stream(hand.client, job) as stream:
+        hand.finish_part(first, ["a", "b"])
+        stream.until_told([0, 1])
+        assert hand.store.replan(second)[0] == "requeued"
+        stream.until("queued")
+        hand.store.split(hand.claim(), '{"duration":9}', [0.3, 0.3, 0.4])
+        parts = [hand.claim() for _ in range(3)]
+        for part, texts in zip(parts, ("a", "bc", "d"), strict=True):
+            hand.finish_part(part, texts)
+        stream.until_told([0, 1, 2, 3])
+        hand.complete(hand.claim(), segments("abcd"))
+        stream.until_over()
+    assert [e.data["text"] for e in stream.events if e.name == "segment"] == list("abcd")
+    assert stream.segments == [0, 1, 2, 3]
+
+
+def test_a_stream_goes_on_after_any_event(hand):
+    """As it is when the client comes back: with all segments that it missed, and no other."""
+    job = hand.submit()
+    with Stream(hand.client, job) as stream:
+        stream.until("queued")
+        whole = hand.claim()
+        hand.store.split(whole, '{"duration":9}', [0.5, 0.5])
+        parts = [hand.claim(), hand.claim()]
+        hand.store.renew(parts[0], 0.5)
+        stream.until("progress")
+        hand.finish_part(parts[0], ["a", "b", "c"])
+        stream.until_told([0, 1, 2])
+        stream.until("progress")
+        for number, event in enumerate(list(stream.events), 1):  # while it runs
+            rest = [0, 1, 2][segments_in(stream.events[:number]) :]
+            with Stream(hand.client, job, event.id) as again:
+                if event != stream.events[-1]:
+                    again.until_told(rest, stream.events[-1].id)
+            assert again.names.count("started") == (event.name == "queued")
+        hand.finish_part(parts[1], ["d"])
+        hand.complete(hand.claim(), segments("abcd"))
+        stream.until_over()
+    for number, event in enumerate(stream.events[:-1], 1):  # when it is over
+        with Stream(hand.client, job, event.id) as again:
+            again.until_over()
+        assert again.segments == [0, 1, 2, 3][segments_in(stream.events[:number]) :]
+        assert again.names == ["segment"] * len(again.segments) + ["completed"]
+        assert again.events[-1] == stream.events[-1]
+    last = stream.events[-1].id
+    answer = hand.client.http.get(f"/jobs/{job}/events", headers={"Last-Event-ID": last})
+    assert (answer.status_code, answer.content) == (204, b""), "browsers stop asking then"
+
+
+def segments_in(events: list[Event]) -> int:
+    return sum(event.name == "segment" for event in events)
+
+
+@pytest.mark.parametrize("after", ["x", "1", "processing", "a-b-c-d", "queued-0-0-0-0", "-0-0-0"])
+def test_an_id_of_no_event_is_refused(hand, after):
+    answer = hand.client.http.get(f"/jobs/{uuid4()}/events", headers={"Last-Event-ID": after})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "Last-Event-ID"
+
+
+@pytest.mark.parametrize("end", sorted(ENDS))
+def test_a_job_that_has_ended_is_told_at_once(hand, end):
+    job, claim = hand.begin()
+    if end == "completed":
+        hand.complete(claim, segments(["a"]))
+    elif end == "failed":
+        hand.store.fail(claim, UnreadableMedia())
+    else:
+        hand.client.http.delete(f"/jobs/{job}")
+    with Stream(hand.client, job) as stream:
+        stream.until_over()
+    assert stream.names == ["segment"] * (end == "completed") + [end]
+    told = stream.events[-1].data
+    assert told == hand.client.status(job)
+    assert (told["error"] is not None) == (end == "failed")
+
+
+def test_a_cancel_ends_every_wait_for_that_job(hand, later):
+    job = hand.submit()
+    same = hand.client.submit(next(iter(sorted(hand._folder.glob("*.wav"), reverse=True))))
+    claim = hand.claim()
+    polls = [later.submit(ask, hand, job, wait="30") for _ in range(3)]
+    with Stream(hand.client, job) as stream, Stream(hand.client, same["job_id"]) as other:
+        other.until("started")
+        stream.until("started")
+        wait_until(lambda: waiters(hand) == 5)
+        hand.client.http.delete(f"/jobs/{job}")
+        assert stream.until_over()[-1].name == "cancelled"
+        assert {poll.result(10).json()["status"] for poll in polls} == {"cancelled"}
+        assert not other.is_over
+        hand.complete(claim)
+        assert other.until_over()[-1].name == "completed"
+
+
+def test_who_leaves_is_forgotten(hand):
+    job, claim = hand.begin()
+    with Stream(hand.client, job) as stream:
+        stream.until("started")
+        assert waiters(hand, kind="events") == 1
+    wait_until(lambda: waiters(hand) == 0, 5)
+    address = (hand.service.settings.host, hand.service.settings.port)
+    with socket.create_connection(address) as poll:
+        poll.sendall(f"GET /status/{job}?wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: waiters(hand, kind="status") == 1)
+    wait_until(lambda: waiters(hand) == 0, 5)
+    hand.complete(claim)
+
+
+def test_the_real_worker_is_followed_to_the_end(start):
+    """Nothing by hand: the demo model, and what it heard."""
+    _, client = start()
+    job = client.submit()["job_id"]
+    with Stream(client, job) as stream:
+        stream.until_over()
+    assert stream.names[-1] == "completed"
+    words = [e.data["text"] for e in stream.events if e.name == "segment"]
+    assert "".join(words).strip() == FOX_WORDS == client.text(job)
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+def test_who_waits_outlives_redis(by_hand, later):
+    """Killed and back: nobody is sent away, and what happened is told as soon as it is back."""
+    hand = by_hand()
+    job, claim = hand.begin()
+    other = hand.submit()
+    with Stream(hand.client, job) as stream, Stream(hand.client, other) as queued:
+        stream.until("started")
+        queued.until("queued")
+        poll = later.submit(ask, hand, job, wait="60")
+        wait_until(lambda: waiters(hand) == 3)
+        hand.service.kill("Redis")
+        hand.service.popen("Redis").wait(10)
+        wait_until(lambda: ask(hand, job).status_code == 503, 10, "it is missed")
+        refused = hand.client.http.get(f"/jobs/{job}/events")
+        assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
+        hand.service.restart("Redis")
+        hand.service.wait_ready(20, "Redis")
+        wait_until(lambda: hand.store.renew(claim, 0.1) == "ok", 10)
+        hand.complete(claim)
+        assert stream.until_over()[-1].name == "completed"
+        assert poll.result(10).json()["status"] == "completed"
+        hand.complete(hand.claim())
+        assert queued.until_over()[-1].name == "completed"
+
+
+def test_a_stream_outlives_an_empty_redis(by_hand, raw_of):
+    """The job comes back from its manifest, under the same id."""
+    hand = by_hand()
+    job = hand.submit()
+    with Stream(hand.client, job) as stream:
+        stream.until("queued")
+        raw_of(hand.service).flushall()
+        assert ask(hand, job).status_code == 404
+        worker = hand.service.add_worker()
+        hand.service.wait_ready(60, worker)
+        wait_until(lambda: stream.is_over, 60, "a reaper finds the manifest")
+    assert stream.names[-1] == "completed"
+
+
+def test_two_processes_serve_those_who_wait_alike(by_hand, later):
+    """Whichever process has the client; each hears for itself."""
+    hand = by_hand(WORKERS="2")
+    job, claim = hand.begin()
+    polls = [later.submit(ask, hand, job, wait="60") for _ in range(8)]
+    streams = [Stream(hand.client, job) for _ in range(8)]
+    for stream in streams:
+        stream.__enter__()
+    wait_until(lambda: waiters(hand) == 16, 10)
+    hand.complete(claim, segments(["a"]))
+    assert {poll.result(10).json()["status"] for poll in polls} == {"completed"}
+    for stream in streams:
+        stream.until_over()
+        assert (stream.segments, stream.names[-1]) == ([0], "completed")
+        stream.__exit__()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_api_that_is_told_to_stop_lets_go_of_who_waits(by_hand, later, processes):
+    """A poll gets the present status, a stream ends so that its client comes back; the process is
+    gone soon."""
+    hand = by_hand(WORKERS=processes)
+    job, claim = hand.begin()
+    with Stream(hand.client, job) as stream:
+        stream.until("started")
+        poll = later.submit(ask, hand, job, wait="60")
+        wait_until(lambda: waiters(hand) == 2)
+        began = time.monotonic()
+        hand.service.kill("API", signal.SIGTERM)
+        answer = poll.result(10)
+        assert (answer.status_code, answer.json()["status"]) == (200, "processing")
+        stream.until_over()
+        hand.service.popen("API").wait(10)
+        assert time.monotonic() - began < 8
+    hand.service.restart("API")
+    hand.service.wait_ready(30, "API")
+    with Stream(hand.client, job, stream.events[-1].id) as again:
+        hand.complete(claim)
+        again.until_over()
+    assert again.names == ["completed"]
+
+
+def test_more_than_may_wait_are_refused(by_hand, later):
+    """With a time to come back; who does not wait is served."""
+    hand = by_hand(MAX_WAITERS="2")
+    job, claim = hand.begin()
+    with Stream(hand.client, job) as stream:
+        stream.until("started")
+        poll = later.submit(ask, hand, job, wait="60")
+        wait_until(lambda: waiters(hand) == 2)
+        for answer in (ask(hand, job, wait="60"), hand.client.http.get(f"/jobs/{job}/events")):
+            assert (answer.status_code, answer.json()["code"]) == (503, "too_many_waiters")
+            assert int(answer.headers["retry-after"]) >= 2
+        assert ask(hand, job).json()["status"] == "processing"
+        hand.complete(claim)
+        assert poll.result(10).json()["status"] == "completed"
+    assert ask(hand, job, wait="60").json()["status"] == "completed"
+
+
+def test_slow_readers_cost_bounded_memory_and_miss_no_segment(by_hand):
+    """Twenty clients that read nothing of a transcript of 20 MB, which each gets in full later."""
+    hand = by_hand()
+    job, claim = hand.begin()
+    text = "x" * 2000
+    hand.complete(claim, segments([f"{text} {number}" for number in range(10_000)]))
+    with Stream(hand.client, job) as stream:  # what one costs while it is read, all pay together
+        stream.until_over()
+    before = hand.memory()
+    address = (hand.service.settings.host, hand.service.settings.port)
+    slow = []
+    for _ in range(20):
+        one = socket.socket()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.settimeout(30)
+        one.connect(address)
+        one.sendall(f"GET /jobs/{job}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert one.recv(64).startswith(b"HTTP/1.1 200")
+        slow.append(one)
+    wait_until(lambda: waiters(hand, kind="events") == 20)
+    assert ask(hand, job).json()["status"] == "completed", "others are served"
+    assert hand.memory() - before < 60_000_000
+    with ThreadPoolExecutor(20) as pool:
+        ends = list(pool.map(read_to_the_end, slow))
+    assert set(ends) == {10_000}
+
+
+def read_to_the_end(one: socket.socket) -> int:
+    """How many segments there were, in order."""
+    content = b""
+    while not content.endswith(b"0\r\n\r\n"):
+        content += one.recv(1 << 20)
+    one.close()
+    body, rest = b"", content[content.index(b"retry") - 5 :]
+    while rest:  # chunks
+        size, _, rest = rest.lstrip(b"\r\n").partition(b"\r\n")
+        body, rest = body + rest[: int(size, 16)], rest[int(size, 16) :]
+        if not int(size, 16):
+            break
+    events = body.decode().split("\n\n")
+    found = [e for e in events if "\nevent: segment\n" in e]
+    ids = [json.loads(event.partition("data: ")[2])["id"] for event in found]
+    assert ids == list(range(len(ids)))
+    assert "\nevent: completed\n" in events[-2]
+    return len(ids)
+
+
+def test_what_a_slow_reader_missed_of_progress_is_not_kept(by_hand):
+    """It gets the latest; nothing piles up."""
+    hand = by_hand()
+    job, claim = hand.begin()
+    address = (hand.service.settings.host, hand.service.settings.port)
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        one.connect(address)
+        one.sendall(f"GET /jobs/{job}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: waiters(hand) == 1)
+        before = hand.memory()
+        for number in range(20_000):
+            hand.store.renew(claim, number / 20_000)
+        assert hand.memory() - before < 8_000_000
+        hand.complete(claim)
+        one.settimeout(10)
+        content = b""
+        while b"event: completed" not in content:
+            content += one.recv(65536)
+    assert content.count(b"event: progress") < 100
+
+
+# --- Who may --------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_the_jobs_of_others(start, tmp_path):
+    service, _ = start(AUTH="keys", **LONG_LEASE)
+    hand = Hand(service, tmp_path)
+    mine = new_key(service, "mine")
+    other = new_key(service, "other")
+    admin = new_key(service, "boss", "--scopes", "admin")
+    hand.client.http.headers["Authorization"] = f"Bearer {mine}"
+    job, claim = hand.begin()
+    for path in (f"/status/{job}?wait=30", f"/jobs/{job}/events"):
+        url = service.base_url + path
+        assert httpx2.get(url, trust_env=False).status_code == 401
+        answer = httpx2.get(url, headers={"X-API-Key": other}, trust_env=False)
+        assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+    with (
+        Stream(hand.client, job, Authorization=f"Bearer {mine}") as stream,
+        Stream(hand.client, job, Authorization=f"Bearer {admin}") as seen,
+    ):
+        stream.until("started")
+        seen.until("started")
+        hand.complete(claim)
+        stream.until_over()
+        seen.until_over()
+    hand.close()
+
+
+HURRIED = """
+import sys
+from api import events
+events.HEARTBEAT_SECONDS = 0.2
+from api.__main__ import main
+sys.exit(main())
+"""
+
+
+def hurried(service: Service) -> Client:
+    """Another API process of this service, whose heart beats five times a second."""
+    spec = service.supervisor.processes["API"].spec
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    service.supervisor.add(
+        replace(
+            spec,
+            name="API-2",
+            argv=(sys.executable, "-c", HURRIED),
+            env={**spec.env, "PORT": str(port)},
+            ready=lambda: answers(url + "/health/live"),
+        )
+    )
+    service.wait_ready(30, "API-2")
+    client = Client(service)
+    client.http.base_url = url
+    return client
+
+
+def test_a_quiet_stream_has_heartbeats(start, tmp_path):
+    """They keep proxies from closing it; and with each it is seen whether the key is still good."""
+    service, _ = start(AUTH="keys", **LONG_LEASE)
+    hand = Hand(service, tmp_path)
+    key = new_key(service, "mine")
+    hand.client.http.headers["Authorization"] = f"Bearer {key}"
+    job, claim = hand.begin()
+    with Stream(hurried(service), job, Authorization=f"Bearer {key}") as stream:
+        wait_until(lambda: stream.heartbeats >= 3, 10)
+        assert stream.names == ["started"]
+        command(service, "revoke", key.split("_")[1])
+        stream.until_over()
+        assert stream.names == ["started"]
+    hand.complete(claim)
+    hand.close()
