@@ -47,6 +47,7 @@ OPEN = frozenset(
 )
 OPEN_FOLDER = "/static/"
 METRICS = ("/metrics", "/stats")  # and what begins so
+SPOKEN = "/v1/audio/"  # below it what is submitted is read at once
 LIMITS: dict[str, type[LimitReached]] = {
     "rate": RateLimited,
     "jobs": TooManyJobs,
@@ -130,8 +131,9 @@ class Access:
         if key is None:
             raise Unauthorized
         context.set({**context.get(), "caller": key.name, "key": key.key_id})
-        if not key.allows(need):
-            raise Forbidden(f"This API key may not do that: it needs the scope `{need}`.")
+        for scope in (need, Scope.READ) if request.scope["path"].startswith(SPOKEN) else (need,):
+            if not key.allows(scope):
+                raise Forbidden(f"This API key may not do that: it needs the scope `{scope}`.")
         limits = key.limits
         if limits == NO_LIMITS:
             return key

@@ -17,10 +17,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from math import inf
 
 from api.snapshot import Snapshot
 from api.store import NO_LIMITS, JobStore, Limits, Submission
-from shared.errors import QueueFull, StorageFull
+from shared.errors import QueueFull, StorageFull, WaitTooLong
 from shared.settings import Settings
 from shared.storage import Manifest, Storage
 
@@ -59,16 +60,28 @@ class Admission:
             raise StorageFull
 
     async def submit(
-        self, manifest: Manifest, limits: Limits = NO_LIMITS, least: str = ""
+        self,
+        manifest: Manifest,
+        limits: Limits = NO_LIMITS,
+        least: str = "",
+        patience_seconds: float = inf,
     ) -> Submission:
-        """As JobStore.submit, but raises QueueFull where the job would wait too long."""
+        """As JobStore.submit, but raises QueueFull where the job would wait too long, and
+        WaitTooLong where its caller would not wait so long: `patience_seconds`."""
         look = await self.look()
-        limit = self._settings.max_queue_seconds
-        most_weight = look.weight_of_wait(limit) if limit else None
+        limit = min(self._settings.max_queue_seconds or inf, patience_seconds)
+        most_weight = look.weight_of_wait(limit) if limit < inf else None
         submission = await self._store.submit(manifest, most_weight, limits, least)
         if submission is None:
-            raise self._refusal(look)
+            raise self._refusal(look, patience_seconds)
         return submission
+
+    async def lateness(self, patience_seconds: float) -> WaitTooLong | None:
+        """What to tell a caller who would give up before its turn; None: it comes in time."""
+        look = await self.look()
+        if (look.wait_seconds or 0) <= patience_seconds:
+            return None
+        return too_long(look, patience_seconds)
 
     async def look(self) -> Snapshot:
         """The queue and the workers, about now: all requests of a second share one look, but for
@@ -79,12 +92,15 @@ class Admission:
             self._look, self._looked_at = asyncio.create_task(self._store.snapshot()), now
         return await asyncio.shield(self._look)  # who leaves early takes it from nobody
 
-    def _refusal(self, look: Snapshot) -> QueueFull:
-        return QueueFull(
-            retry_after_seconds=retry_after(
-                look.wait_seconds or 0, self._settings.max_queue_seconds
-            )
-        )
+    def _refusal(self, look: Snapshot, patience_seconds: float = inf) -> QueueFull | WaitTooLong:
+        limit = self._settings.max_queue_seconds or inf
+        if patience_seconds < limit:
+            return too_long(look, patience_seconds)
+        return QueueFull(retry_after_seconds=retry_after(look.wait_seconds or 0, limit))
+
+
+def too_long(look: Snapshot, patience_seconds: float) -> WaitTooLong:
+    return WaitTooLong(retry_after_seconds=retry_after(look.wait_seconds or 0, patience_seconds))
 
 
 def _tells(look: asyncio.Task[Snapshot]) -> bool:

@@ -35,6 +35,7 @@ from api.hub import Hub
 from api.key_store import KeyStore
 from api.middleware import Linger, Observe
 from api.notices import lone_connection
+from api.openai import audio, models
 from api.segments import Pages
 from api.serve import DRAIN
 from api.store import JobStore, connect
@@ -105,7 +106,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     document = functools.cache(lambda: docs.openapi(app, settings.auth))
     app.openapi = document  # type: ignore[method-assign]
-    app.add_middleware(Shortcut, routes=[*status.router.routes, *events.router.routes])
+    app.add_middleware(
+        Shortcut, routes=[*status.router.routes, *events.router.routes, *audio.router.routes]
+    )
     if settings.auth is Auth.KEYS:
         app.add_middleware(Access)
     if origins := parse_origins(settings.cors_origins):
@@ -120,6 +123,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 "Last-Event-ID",
                 "X-API-Key",
                 "X-Request-ID",
+                *audio.CLIENTS_HEADERS,
             ],
             expose_headers=[
                 "ETag",
@@ -127,6 +131,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 "Location",
                 "Retry-After",
                 "X-Request-ID",
+                *audio.HEADERS,
             ],
         )
     app.add_middleware(Observe, metrics=counted)
@@ -139,6 +144,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(status.router)
     app.include_router(events.router)
     app.include_router(jobs.router)
+    app.include_router(audio.router)
+    app.include_router(models.router)
     app.include_router(monitoring.router)
     app.include_router(docs.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC), name="static")

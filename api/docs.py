@@ -10,9 +10,11 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from pydantic import BaseModel
 
 from api.access import needed
 from api.errors import PROBLEM_TYPE, answers, status_of
+from api.openai.envelope import ErrorEnvelope, is_asked, told
 from shared import errors
 from shared.settings import Auth
 
@@ -32,8 +34,7 @@ def openapi(app: FastAPI, auth: Auth) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
-    operations = [each for path in document["paths"].values() for each in path.values()]
-    for operation in operations:
+    for operation in operations_of(document):
         # FastAPI names this wherever there is a parameter; ours are described where they occur.
         if "HTTPValidationError" in str(operation["responses"].get("422")):
             del operation["responses"]["422"]
@@ -42,9 +43,41 @@ def openapi(app: FastAPI, auth: Auth) -> dict[str, Any]:
                 response["content"] = {PROBLEM_TYPE: response["content"]["application/json"]}
     if auth is Auth.KEYS:
         demand_keys(document)
+    for path, operations in document["paths"].items():
+        if is_asked(path):
+            for operation in operations.values():
+                operation["responses"] = in_envelopes(operation["responses"])
+    document["components"]["schemas"] |= definitions(ErrorEnvelope)
     for unused in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(unused, None)
     return document
+
+
+def operations_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        yield from path.values()
+
+
+def in_envelopes(responses: dict[str, Any]) -> dict[str, Any]:
+    """The same, with errors as they are below /v1."""
+    made: dict[str, Any] = {}
+    for status, response in responses.items():
+        if PROBLEM_TYPE not in response.get("content", {}):
+            made[status] = response
+            continue
+        content = {"schema": {"$ref": f"#/components/schemas/{ErrorEnvelope.__name__}"}}
+        told_as = made.setdefault(
+            str(told(int(status))), {"description": "", "content": {"application/json": content}}
+        )
+        texts = [told_as["description"], response["description"]]
+        told_as["description"] = "\n\n".join(filter(None, texts))
+    return made
+
+
+def definitions(model: type[BaseModel]) -> dict[str, Any]:
+    """For the document's components: the model's schema and those that it names."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs", {}), model.__name__: schema}
 
 
 def demand_keys(document: dict[str, Any]) -> None:

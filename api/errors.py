@@ -1,4 +1,5 @@
-"""The one table from error to HTTP status, and the handlers that write application/problem+json."""
+"""The one table from error to HTTP status, and the handlers that write application/problem+json;
+below /v1 OpenAI's envelope (api/openai/envelope.py)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from api.openai import envelope
 from shared import errors
 from shared.schemas import FieldProblem, Problem
 
@@ -36,6 +38,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.BatchNotFound: 404,
     errors.JobEndedAlready: 409,
     errors.JobNotFound: 404,
+    errors.ModelNotFound: 404,
     errors.JobExpired: 410,
     errors.ResultNotReady: 409,
     errors.JobCancelled: 409,
@@ -45,6 +48,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.LimitReached: 429,
     errors.StorageFull: 507,
     errors.Unavailable: 503,
+    errors.MediaError: 422,
     errors.ServiceError: 500,
 }
 DEFAULT_RETRY_AFTER_SECONDS = 5
@@ -76,6 +80,8 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """An RFC 9457 answer. `detail` is one sentence for people, `code` is for programs."""
+    if envelope.is_asked(request.scope["path"]):
+        return envelope.envelope(request, status, code, detail, fields, headers)
     body = Problem(
         type=f"/docs/errors#{code}",
         title=HTTPStatus(status).phrase,
@@ -101,6 +107,8 @@ async def service_error(request: Request, exc: Exception) -> Response:
         headers["Retry-After"] = str(exc.retry_after_seconds or DEFAULT_RETRY_AFTER_SECONDS)
     if isinstance(exc, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(exc, errors.TranscriptionError | errors.JobCancelled):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and to no avail
     fields = None
     if isinstance(exc, errors.InvalidField):
         fields = [FieldProblem(field=field, message=text) for field, text in exc.errors]

@@ -83,16 +83,17 @@ def options_of(fields: Mapping[str, Any]) -> tuple[TranscriptionOptions, JobOpti
     of_job = {name: value for name, value in fields.items() if name in JobOptions.model_fields}
     others = {name: value for name, value in fields.items() if name not in of_job}
     problems: list[tuple[str, str]] = []
-    options = _validated(TranscriptionOptions, others, problems)
-    job = _validated(JobOptions, of_job, problems)
+    options = validated(TranscriptionOptions, others, problems)
+    job = validated(JobOptions, of_job, problems)
     if options is None or job is None:
         raise InvalidField(problems)
     return options, job
 
 
-def _validated(
+def validated(
     kind: type[Options], fields: Mapping[str, Any], problems: list[tuple[str, str]]
 ) -> Options | None:
+    """None: they are wrong, and `problems` says why."""
     try:
         return kind.model_validate(fields)
     except ValidationError as exc:

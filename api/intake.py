@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -57,6 +58,7 @@ class Arrival:
     size_bytes: int
     options: TranscriptionOptions
     job: JobOptions
+    patience_seconds: float = inf  # its caller waits no longer for its turn
 
     @property
     def content(self) -> list[Any]:
@@ -87,7 +89,7 @@ async def take_in(
 
     `announced_bytes`: how many will come, where that is known: their place on the disk is taken
     before they do. `endpoint`: as the metrics call it. Raises whatever the source raises,
-    FileTooLarge, StorageFull, StoreUnavailable, StoreFull, QueueFull, TooManyJobs,
+    FileTooLarge, StorageFull, StoreUnavailable, StoreFull, QueueFull, WaitTooLong, TooManyJobs,
     AudioMinutesUsed, IdempotencyConflict.
     """
     state = state_of(request)
@@ -160,7 +162,9 @@ async def submit(
     if least != "hit":
         await asyncio.to_thread(state.storage.keep, manifest)
     try:
-        submission = await state.admission.submit(manifest, caller.limits, least)
+        submission = await state.admission.submit(
+            manifest, caller.limits, least, arrival.patience_seconds
+        )
     except StoreUnavailable:
         place.is_kept = "idempotency" in told and least != "hit"
         raise

@@ -11,7 +11,7 @@ from api.dependencies import state_of
 from api.errors import answers
 from api.forms import form_schema, options_of
 from api.intake import Arrival, announced_bytes, show, take_in
-from api.uploads import receive
+from api.uploads import Judge, Upload, once, receive
 from shared.errors import (
     AudioMinutesUsed,
     EmptyFile,
@@ -32,28 +32,30 @@ from shared.schemas import JobAccepted
 
 router = APIRouter(tags=["transcription"])
 
+REFUSALS = (  # what can be wrong with an upload, or in its way
+    MalformedUpload,
+    UploadTooSlow,
+    FileTooLarge,
+    NotAudio,
+    MissingFile,
+    EmptyFile,
+    InvalidField,
+    IdempotencyConflict,
+    StoreUnavailable,
+    StoreFull,
+    QueueFull,
+    TooManyJobs,
+    AudioMinutesUsed,
+    StorageFull,
+)
+
 
 @router.post(
     "/transcribe",
     status_code=202,
     response_model=JobAccepted,
     summary="Submit a recording",
-    responses=answers(
-        MalformedUpload,
-        UploadTooSlow,
-        FileTooLarge,
-        NotAudio,
-        MissingFile,
-        EmptyFile,
-        InvalidField,
-        IdempotencyConflict,
-        StoreUnavailable,
-        StoreFull,
-        QueueFull,
-        TooManyJobs,
-        AudioMinutesUsed,
-        StorageFull,
-    ),
+    responses=answers(*REFUSALS),
     openapi_extra={
         "parameters": [idempotency.PARAMETER],
         "requestBody": {
@@ -70,15 +72,21 @@ async def transcribe(request: Request, response: Response) -> JobAccepted:
     """
 
     async def upload(path: Path) -> Arrival:
-        received = await receive(
-            request.stream(),
-            request.headers.get("content-type", ""),
-            path,
-            settings.max_file_size_bytes,
-            settings.upload_patience_seconds,
-        )
-        options, job = options_of(received.fields)
-        return Arrival(received.checksum, received.size_bytes, options, job)
+        form = await uploaded(request, path)
+        options, job = options_of(form.fields)
+        return Arrival(form.checksum, form.size_bytes, options, job)
 
-    settings = state_of(request).settings
     return show(response, await take_in(request, upload, announced_bytes(request)))
+
+
+async def uploaded(request: Request, path: Path, judge: Judge = once) -> Upload:
+    """The form that this request brings, its file at `path`. Raises as api.uploads.receive does."""
+    settings = state_of(request).settings
+    return await receive(
+        request.stream(),
+        request.headers.get("content-type", ""),
+        path,
+        settings.max_file_size_bytes,
+        settings.upload_patience_seconds,
+        judge,
+    )

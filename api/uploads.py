@@ -10,7 +10,7 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,8 @@ SLOWEST_BYTES_PER_SECOND = 1024
 
 
 Place = Callable[[], Awaitable[Path]]
+Field = tuple[str, str]  # its name and its value
+Judge = Callable[[str, Sequence[Field]], None]
 
 
 @dataclass
@@ -50,7 +52,17 @@ class Upload:
 
     checksum: str  # SHA-256, hex
     size_bytes: int
-    fields: dict[str, str]
+    sent: list[Field]  # in the order in which they came
+
+    @property
+    def fields(self) -> dict[str, str]:
+        return dict(self.sent)
+
+
+def once(name: str, before: Sequence[Field]) -> None:
+    """A Judge: raises InvalidField for a field that was sent before."""
+    if any(name == earlier for earlier, _ in before):
+        raise InvalidField([(name[:64], "was sent twice")])
 
 
 @dataclass
@@ -105,7 +117,8 @@ class _Form:
     max_file_bytes: int
     max_files: int = 1
     max_bytes: int | None = None  # of all files together
-    fields: dict[str, str] = field(default_factory=dict)
+    judge: Judge = once
+    sent: list[Field] = field(default_factory=list)
     files: list[ArrivedFile] = field(default_factory=list)
     is_complete: bool = False
     _header_name: bytes = b""
@@ -143,10 +156,9 @@ class _Form:
                     'put an @ before the path: -F "file=@audio.mp3".'
                 )
             self._begin_file()
-        elif self._name in self.fields:
-            raise InvalidField([(self._name[:64], "was sent twice")])
-        elif len(self.fields) >= MAX_FIELDS:
+        elif len(self.sent) >= MAX_FIELDS:
             raise MalformedUpload(f"The form has more than {MAX_FIELDS} fields.")
+        self.judge(self._name, self.sent)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if not self._in_file:
@@ -170,7 +182,7 @@ class _Form:
                 self.refuse(self.files[-1], EmptyFile())
             return
         try:
-            self.fields[self._name] = self._value.decode()
+            self.sent.append((self._name, self._value.decode()))
         except UnicodeDecodeError as exc:
             raise InvalidField([(self._name[:64], "is not UTF-8 text")]) from exc
 
@@ -234,19 +246,22 @@ async def receive(
     path: Path,
     max_file_bytes: int,
     patience_seconds: float = 30,
+    judge: Judge = once,
 ) -> Upload:
     """Writes the form's one file to `path` while it arrives.
 
-    Raises MalformedUpload, MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField,
-    StorageFull, UploadTooSlow; whoever called removes what was written.
+    `judge` sees the name of each part when it begins (the file's is `file`) and the fields before
+    it; what it raises ends the upload before that part is read. Raises MalformedUpload,
+    MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField, StorageFull, UploadTooSlow;
+    whoever called removes what was written.
     """
 
     async def place() -> Path:
         return path
 
-    form = _Form(max_file_bytes)
+    form = _Form(max_file_bytes, judge=judge)
     await _take(form, stream, content_type, place, patience_seconds)
-    return Upload(form.files[0].checksum, form.files[0].size_bytes, form.fields)
+    return Upload(form.files[0].checksum, form.files[0].size_bytes, form.sent)
 
 
 async def receive_files(
@@ -266,7 +281,7 @@ async def receive_files(
     max_file_bytes, max_files, max_bytes = limits
     form = _Form(max_file_bytes, max_files, max_bytes)
     await _take(form, stream, content_type, place, patience_seconds)
-    return form.files, form.fields
+    return form.files, dict(form.sent)
 
 
 async def _take(

@@ -11,12 +11,15 @@ ServiceError
 │   ├── DigestUnknown         the file has to be uploaded
 │   ├── ListingOff            no list of jobs without API keys
 │   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound
+│   ├── ModelNotFound         no model of that name is loaded
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
 │   ├── StoreUnavailable      Redis does not answer
 │   ├── StoreFull             Redis has no memory to spare
 │   ├── QueueFull             too much waits already
 │   ├── TooManyWaiters        too many requests wait for a job already
+│   ├── WaitTooLong           so much that this caller would give up before its turn
+│   ├── StillRunning          it takes longer than one request may wait
 │   ├── LimitReached          the caller has used what its key allows
 │   │   └── RateLimited, TooManyJobs, AudioMinutesUsed
 │   └── StorageFull           no room for the upload
@@ -164,6 +167,12 @@ class JobExpired(RequestError):
     code = "job_expired"
 
 
+class ModelNotFound(RequestError):
+    """No model of this name is loaded. GET /v1/models lists the names that it has."""
+
+    code = "model_not_found"
+
+
 class ResultNotReady(RequestError):
     """The job is not finished. Ask again after the time that Retry-After names."""
 
@@ -224,6 +233,21 @@ class TooManyWaiters(Unavailable):
 after the time that Retry-After names."""
 
     code = "too_many_waiters"
+
+
+class WaitTooLong(Unavailable):
+    """The transcription would not even begin before this request's timeout; nothing was kept. Try \
+again after the time that Retry-After names, with a longer timeout, or submit to POST /transcribe, \
+where nobody has to wait."""
+
+    code = "wait_too_long"
+
+
+class StillRunning(Unavailable):
+    """The transcription takes longer than one request may wait, and goes on. Send the same again \
+to wait for the rest, or get its result by the job id in the header X-Job-Id."""
+
+    code = "still_running"
 
 
 class LimitReached(Unavailable):
@@ -349,3 +373,10 @@ class InvalidSettings(ServiceError):
     """A setting has a value that we can't use."""
 
     code = "invalid_settings"
+
+
+def failure_of(code: str, message: str) -> ServiceError:
+    """What a failed job shows, as the MediaError or TranscriptionError that its worker met."""
+    kinds = (*MediaError.__subclasses__(), *TranscriptionError.__subclasses__())
+    kind = next((kind for kind in kinds if kind.code == code), TranscriptionError)
+    return kind(message)

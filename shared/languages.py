@@ -5,6 +5,8 @@ Source: the tokenizer of OpenAI Whisper (MIT); a test compares the codes with fa
 
 from __future__ import annotations
 
+import re
+
 LANGUAGES: dict[str, str] = {
     "en": "english",
     "zh": "chinese",
@@ -107,3 +109,42 @@ LANGUAGES: dict[str, str] = {
     "su": "sundanese",
     "yue": "cantonese",
 }
+
+# What people call them otherwise. Names: as in Whisper's tokenizer. Codes: BCP 47 gives some of
+# these languages another one, or had one before.
+OTHER_NAMES = {
+    "burmese": "my",
+    "valencian": "ca",
+    "flemish": "nl",
+    "haitian": "ht",
+    "letzeburgesch": "lb",
+    "pushto": "ps",
+    "panjabi": "pa",
+    "moldavian": "ro",
+    "moldovan": "ro",
+    "sinhalese": "si",
+    "castilian": "es",
+    "mandarin": "zh",
+    "nb": "no",
+    "jv": "jw",
+    "fil": "tl",
+    "cmn": "zh",
+    "iw": "he",
+    "in": "id",
+    "ji": "yi",
+    "mo": "ro",
+}
+_BY_NAME = {name: code for code, name in LANGUAGES.items()} | OTHER_NAMES
+_TAG = re.compile(r"([a-z]{2,3})(-[a-z0-9]{1,8})*")
+
+
+def code_of(text: str) -> str | None:
+    """Whisper's code for a code, an English name, or a language tag (BCP 47) like `pt-BR`, in
+    whatever case. None: Whisper does not know it."""
+    name = text.strip().lower().replace("_", "-")
+    tag = _TAG.fullmatch(name)
+    for candidate in (name, tag[1] if tag else name):
+        code = _BY_NAME.get(candidate, candidate)
+        if code in LANGUAGES:
+            return code
+    return None

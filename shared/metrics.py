@@ -55,7 +55,7 @@ JOB_ERRORS = (
     "handed_back_too_often",
     "internal_error",
 )
-WAITER_KINDS = ("status", "events")
+WAITER_KINDS = ("status", "events", "openai")
 STAGES = ("decode", "vad", "transcribe", "store")
 CLEANED = ("upload", "abandoned_upload", "transcript", "part")
 
@@ -130,7 +130,8 @@ class ApiMetrics:
         )
         self.waiters = Gauge(
             "whisper_waiters",
-            "Requests that wait for a job: status (GET /status?wait=), events (event streams)",
+            "Requests that wait for a job: status (GET /status?wait=), events (event streams), "
+            "openai (/v1/audio)",
             ["kind"],
             registry=registry,
             multiprocess_mode="livesum",

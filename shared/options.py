@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from shared.languages import LANGUAGES
+from shared.languages import code_of
 
 # Raised whenever the same options and model begin to give another transcript.
 ENGINE_REVISION = "3"
@@ -64,7 +64,8 @@ class TranscriptionOptions(BaseModel):
 
     language: str | None = Field(
         None,
-        description="Code of the spoken language (`en`, `de`...); detected when absent or auto.",
+        description="Code (`en`, `pt-BR`) or English name of the spoken language; detected when "
+        "absent or auto.",
     )
     mode: Mode = Field(
         "batched",
@@ -144,9 +145,8 @@ class TranscriptionOptions(BaseModel):
     def _known_language(cls, value: str | None) -> str | None:
         if value is None or value.strip().lower() == "auto":
             return None
-        code = value.strip().lower()
-        code = next((c for c, name in LANGUAGES.items() if name == code), code)
-        if code not in LANGUAGES:
+        code = code_of(value)
+        if code is None:
             raise ValueError(
                 f"{value!r:.40} is no language that Whisper knows; use a code like 'en'"
             )

@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     max_queue_seconds: int = Field(
         86_400, ge=0, description="Uploads are refused when a new job would wait longer; 0: never."
     )
+    max_wait_seconds: int = Field(
+        3000, ge=1, description="Longest that one request waits for its transcript (/v1/audio)."
+    )
 
     # --- access
     auth: Auth = Field(Auth.NONE, description="none: whoever reaches the API; keys: API keys.")

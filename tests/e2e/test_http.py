@@ -370,3 +370,30 @@ def test_the_answers_of_a_finished_job_are_those_of_the_document(operations, cli
     assert len(of_jobs) >= 4
     for _, operation in sorted(of_jobs.items(), key=lambda item: item[0].startswith("DELETE")):
         assert check(operation.as_strategy(path_parameters={"job_id": job}))
+
+
+@pytest.mark.parametrize(
+    ("status", "fields"),
+    [
+        (200, {}),
+        (200, {"response_format": "text"}),
+        (200, {"response_format": "srt"}),
+        (200, {"response_format": "vtt"}),
+        (200, {"response_format": "verbose_json"}),
+        (200, {"response_format": "verbose_json", "timestamp_granularities[]": "word"}),
+        (200, {"stream": "true"}),
+        (404, {"model": "other"}),
+        (400, {"model": "gpt-4o-transcribe-diarize"}),
+        (415, {"file": b"text"}),
+        (400, {"file": bytes(range(256)) * 40}),
+    ],
+)
+def test_what_openai_s_endpoints_answer_is_in_the_document(operations, status, fields):
+    """Whatever is asked of them."""
+    for name in ("transcriptions", "translations"):
+        case = operations[f"POST /v1/audio/{name}"].Case(
+            body={"file": FOX.read_bytes(), "model": "whisper-1", **fields},
+            media_type="multipart/form-data",
+        )
+        answer = case.call_and_validate(excluded_checks=NEEDS_SENSE)
+        assert answer.status_code == status

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shared.languages import LANGUAGES
+from shared.languages import LANGUAGES, OTHER_NAMES, code_of
 from shared.options import TranscriptionOptions, VadParameters, fingerprint
 
 CHECKSUM = "0" * 64
@@ -39,6 +39,7 @@ def test_form_text_becomes_typed_values():
         ({}, {"language": "auto", "beam_size": "5"}),
         ({}, {"language": "", "initial_prompt": " "}),
         ({"language": "english"}, {"language": "en"}),
+        ({"language": "en-US"}, {"language": "en"}),
         ({"temperature": "0"}, {"temperature": "0.0"}),
         ({"vad_parameters": '{"threshold":0.5}'}, {"vad_parameters": "{}"}),
     ],
@@ -70,6 +71,8 @@ def test_requests_that_differ_have_another_fingerprint(changed):
     [
         ("language", "xx"),
         ("language", "english or german"),
+        ("language", "en-"),
+        ("language", "en US"),
         ("task", "summarise"),
         ("beam_size", "0"),
         ("beam_size", "99"),
@@ -133,3 +136,32 @@ def test_vad_defaults_are_faster_whispers():
 
 def test_the_languages_are_the_models():
     assert set(LANGUAGES) == set(_LANGUAGE_CODES)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("EN", "en"),
+        (" German ", "de"),
+        ("haitian creole", "ht"),
+        ("pt-BR", "pt"),
+        ("zh_Hant_TW", "zh"),
+        ("yue-Hant-HK", "yue"),
+        ("cmn-Hans", "zh"),
+        ("nb-NO", "no"),
+        ("fil", "tl"),
+        ("jv", "jw"),
+        ("iw", "he"),
+        ("Flemish", "nl"),
+        ("xx-US", None),
+        ("german-DE", None),
+        ("", None),
+    ],
+)
+def test_a_language_is_known_by_code_name_and_tag(said, code):
+    assert code_of(said) == code
+
+
+def test_other_names_of_languages_lead_to_codes_and_hide_none():
+    assert set(OTHER_NAMES.values()) <= set(LANGUAGES)
+    assert not set(OTHER_NAMES) & {*LANGUAGES, *LANGUAGES.values()}
