@@ -13,6 +13,7 @@ import uvicorn
 
 from api.protocol import Protocol
 from api.serve import GRACEFUL_SECONDS, serve
+from api.signing import signer
 from shared.errors import InvalidSettings
 from shared.settings import load_settings
 
@@ -22,6 +23,7 @@ EXIT_CONFIG = 78  # sysexits.h: it would fail the same way again
 def main() -> int:
     try:
         settings = load_settings()
+        signer(settings)  # it may have to be made
     except InvalidSettings as exc:
         print(exc.message, file=sys.stderr)
         return EXIT_CONFIG

@@ -48,6 +48,7 @@ OPEN = frozenset(
 OPEN_FOLDER = "/static/"
 METRICS = ("/metrics", "/stats")  # and what begins so
 SPOKEN = "/v1/audio/"  # below it what is submitted is read at once
+NO_SUBMISSION = "/webhook/redeliver"  # how a POST ends that makes no job
 LIMITS: dict[str, type[LimitReached]] = {
     "rate": RateLimited,
     "jobs": TooManyJobs,
@@ -137,7 +138,8 @@ class Access:
         limits = key.limits
         if limits == NO_LIMITS:
             return key
-        limit, seconds = await state.keys.meter(key, submits=request.method == "POST")
+        submits = request.method == "POST" and not request.url.path.endswith(NO_SUBMISSION)
+        limit, seconds = await state.keys.meter(key, submits=submits)
         if limit != "none":
             seconds = seconds or await seconds_to_an_end(state, limits)
             raise LIMITS[limit](retry_after_seconds=seconds)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,21 +27,28 @@ from api import (
     monitoring,
     status,
     transcriptions,
+    webhooks,
 )
 from api.access import Access
 from api.admission import Admission
 from api.bare import Shortcut
+from api.deliveries import DeliveryStore
 from api.dependencies import State
+from api.egress import Egress
+from api.fetch import Fetcher
 from api.hub import Hub
 from api.key_store import KeyStore
 from api.middleware import Linger, Observe
 from api.notices import lone_connection
 from api.openai import audio, models
 from api.segments import Pages
+from api.sender import Sender
 from api.serve import DRAIN
+from api.signing import signer
 from api.store import JobStore, connect
 from shared import logs, metrics
 from shared.broker import celery_app
+from shared.destinations import Destinations
 from shared.settings import Auth, Settings, load_settings, parse_origins
 from shared.storage import Storage
 
@@ -84,14 +92,37 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         keys = KeyStore(connect(settings))
         hub = Hub(store, lambda: lone_connection(settings), settings.max_waiters, counted.waiters)
         hub.start()
+        destinations = Destinations(settings.egress_allow)
+        egress, egress_of_webhooks = Egress(destinations), Egress(destinations)
+        fetcher = Fetcher(settings, egress, storage, admission, counted)
+        deliveries = DeliveryStore(settings, connect(settings))
         app.state.service = State(
-            settings, store, hub, Pages(store), keys, storage, admission, counted
+            settings,
+            store,
+            hub,
+            Pages(store),
+            keys,
+            storage,
+            admission,
+            egress,
+            fetcher,
+            deliveries,
+            counted,
         )
+        sender = Sender(settings, deliveries, egress_of_webhooks, signer(settings), counted)
+        sending = asyncio.create_task(sender.run())
         log.info("api started", extra={"action": "api_started", "auth": settings.auth})
         try:
             yield {DRAIN: hub.drain}
         finally:
             await hub.close()
+            sending.cancel()
+            with suppress(asyncio.CancelledError):
+                await sending
+            await sender.stop()
+            egress.close()
+            egress_of_webhooks.close()
+            await deliveries.close()
             await keys.close()
             await store.close()
             log.info("api stopped", extra={"action": "api_stopped"})
@@ -146,6 +177,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(jobs.router)
     app.include_router(audio.router)
     app.include_router(models.router)
+    app.include_router(webhooks.router)
     app.include_router(monitoring.router)
     app.include_router(docs.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC), name="static")

@@ -50,6 +50,7 @@ from shared.errors import (
     StoreUnavailable,
     TooManyJobs,
     UploadTooSlow,
+    UrlNotAllowed,
 )
 from shared.jobs import Job, JobStatus
 from shared.metrics import REJECTIONS
@@ -88,6 +89,7 @@ def batch_schema() -> dict[str, Any]:
         BatchTooLarge,
         MissingFile,
         InvalidField,
+        UrlNotAllowed,
         IdempotencyConflict,
         StoreUnavailable,
         StoreFull,

@@ -8,6 +8,9 @@ from typing import cast
 from fastapi import Request
 
 from api.admission import Admission
+from api.deliveries import DeliveryStore
+from api.egress import Egress
+from api.fetch import Fetcher
 from api.hub import Hub
 from api.key_store import KeyStore
 from api.protocol import CONNECTION, Connection
@@ -27,6 +30,9 @@ class State:
     keys: KeyStore
     storage: Storage
     admission: Admission
+    egress: Egress
+    fetcher: Fetcher
+    deliveries: DeliveryStore
     metrics: ApiMetrics
 
 

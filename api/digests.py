@@ -32,6 +32,7 @@ from shared.errors import (
     StoreUnavailable,
     TooManyJobs,
     UploadTooSlow,
+    UrlNotAllowed,
 )
 from shared.schemas import JobAccepted
 
@@ -61,6 +62,7 @@ def digest_schema() -> dict[str, Any]:
         MalformedBody,
         UploadTooSlow,
         InvalidField,
+        UrlNotAllowed,
         DigestUnknown,
         IdempotencyConflict,
         StoreUnavailable,

@@ -16,6 +16,10 @@ from shared.job_options import JobOptions
 from shared.options import TranscriptionOptions
 
 MAX_BODY_BYTES = 64 * 1024  # without a file
+URL_SCHEMA = {
+    "type": "string",
+    "description": "Address of the recording, instead of the file: it is fetched at once.",
+}
 Options = TypeVar("Options", bound=BaseModel)
 
 
@@ -52,6 +56,30 @@ def form_schema() -> dict[str, Any]:
         "description": properties["priority"]["description"],
     }
     return {"type": "object", "required": ["file"], "properties": properties}
+
+
+def body_schemas() -> dict[str, Any]:
+    """The same, by content type, where an address may come instead of the file: a form with files
+    has either, others the address."""
+    form = form_schema()["properties"]
+    file = form.pop("file")
+    of_json = {
+        **TranscriptionOptions.model_json_schema()["properties"],
+        **JobOptions.model_json_schema()["properties"],
+        **{name: {} for name in ("vad_parameters", "temperature", "priority")},  # as in the form
+    }
+    schemas: dict[str, dict[str, Any]] = {
+        "multipart/form-data": {"properties": {"file": file, "url": URL_SCHEMA, **form}},
+        "application/x-www-form-urlencoded": {
+            "required": ["url"],
+            "properties": {"url": URL_SCHEMA, **form},
+        },
+        "application/json": {
+            "required": ["url"],
+            "properties": {"url": URL_SCHEMA, **of_json},
+        },
+    }
+    return {kind: {"schema": {"type": "object", **each}} for kind, each in schemas.items()}
 
 
 async def read_fields(request: Request, patience_seconds: float) -> dict[str, Any]:

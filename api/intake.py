@@ -11,7 +11,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from api import idempotency
 from api.access import audit, caller_of
 from api.dependencies import State, state_of
+from api.egress import Egress
 from api.store import Submission
 from api.uploads import FORM_OVERHEAD_BYTES, too_large
 from shared.errors import (
@@ -59,11 +60,12 @@ class Arrival:
     options: TranscriptionOptions
     job: JobOptions
     patience_seconds: float = inf  # its caller waits no longer for its turn
+    url: str = ""  # where they were fetched from
 
     @property
     def content(self) -> list[Any]:
         """What makes two requests the same."""
-        return [self.checksum, self.options.canonical(), self.job.record()]
+        return [self.url or self.checksum, self.options.canonical(), self.job.record()]
 
 
 @dataclass
@@ -89,8 +91,8 @@ async def take_in(
 
     `announced_bytes`: how many will come, where that is known: their place on the disk is taken
     before they do. `endpoint`: as the metrics call it. Raises whatever the source raises,
-    FileTooLarge, StorageFull, StoreUnavailable, StoreFull, QueueFull, WaitTooLong, TooManyJobs,
-    AudioMinutesUsed, IdempotencyConflict.
+    UrlNotAllowed (of the webhook), FileTooLarge, StorageFull, StoreUnavailable, StoreFull,
+    QueueFull, WaitTooLong, TooManyJobs, AudioMinutesUsed, IdempotencyConflict.
     """
     state = state_of(request)
     most_bytes = state.settings.max_file_size_bytes
@@ -158,6 +160,7 @@ async def submit(
 
     `least`: see JobStore.submit; with `hit` there are no bytes."""
     state, caller = state_of(request), caller_of(request)
+    arrival = replace(arrival, job=with_checked_webhook(arrival.job, state.egress))
     manifest = manifest_of(place.job_id, arrival, told, caller.name, state.settings)
     if least != "hit":
         await asyncio.to_thread(state.storage.keep, manifest)
@@ -227,6 +230,14 @@ def show(response: Response, job: JobAccepted) -> JobAccepted:
     if job.is_replayed:
         response.headers[idempotency.REPLAYED] = "true"
     return job
+
+
+def with_checked_webhook(job: JobOptions, egress: Egress) -> JobOptions:
+    """Its address as it will be asked. Raises UrlNotAllowed."""
+    if not job.webhook_url:
+        return job
+    url = egress.check("webhook_url", job.webhook_url, only_https=True)
+    return job.model_copy(update={"webhook_url": str(url)})
 
 
 def fingerprint_of(arrival: Arrival, owner: str, settings: Settings) -> str:

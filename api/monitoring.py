@@ -209,6 +209,20 @@ class _FromStore:
         ):
             if seconds is not None:
                 yield GaugeMetricFamily(name, text, seconds)
+        for name, text, value in (
+            ("whisper_webhooks_pending", "Webhooks to be told", self.snapshot.webhooks),
+            (
+                "whisper_webhooks_oldest_age_seconds",
+                "Since the end of the job whose webhook has waited longest",
+                self.snapshot.oldest_webhook_seconds,
+            ),
+            (
+                "whisper_webhooks_overdue_seconds",
+                "How late the next attempt is",
+                self.snapshot.overdue_webhook_seconds,
+            ),
+        ):
+            yield GaugeMetricFamily(name, text, value)
         workers = GaugeMetricFamily(
             "whisper_workers", "Workers with a fresh heartbeat", labels=["state"]
         )

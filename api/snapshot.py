@@ -22,6 +22,9 @@ class Snapshot:
     backlog: int = 0  # weight of all that waits
     slot_seconds: float | None = None  # for a unit of weight; None: nothing was completed yet
     slots: int = 0  # of the live workers; where none lives, of those that were seen last
+    webhooks: int = 0  # to be told
+    oldest_webhook_seconds: float = 0.0  # since the end of its job
+    overdue_webhook_seconds: float = 0.0  # how late the next attempt is
 
     @property
     def backlog_seconds(self) -> float | None:

@@ -282,18 +282,22 @@ class JobStore:
                 pipe.info("memory")
                 pipe.zcard(keys.PARTS)
                 pipe.hmget(keys.PACE, "weight", "ms")
+                pipe.zcard(keys.UNDELIVERED)
+                pipe.zrange(keys.UNDELIVERED, 0, 0, withscores=True)
+                pipe.zrange(keys.RECEIVERS, 0, 0, withscores=True)
                 reply = await pipe.execute()
-            now, queued, oldest, processing, counters, ids, memory, parts, (weight, ms) = reply
+            now, queued, oldest, processing, counters, ids, memory, parts, pace, *webhooks = reply
             reports = await self._redis.mget([keys.worker(i) for i in ids]) if ids else []
         except RedisError as exc:
             raise unavailable(exc) from exc
-        age = now[0] + now[1] / 1e6 - oldest[0][1] / 1e6 if oldest else 0.0
+        now_seconds = now[0] + now[1] / 1e6
+        (weight, ms), (undelivered, longest, first_due) = pace, webhooks
         workers = tuple(json.loads(report) for report in reports if report)
         self._slots = sum(int(worker["slots"]) for worker in workers) or self._slots
         return Snapshot(
             queued=queued,
             parts=parts,
-            oldest_queued_seconds=max(0.0, age),
+            oldest_queued_seconds=_age(oldest, now_seconds, 1e6),
             processing=processing,
             backlog=max(0, int(counters.pop("backlog", 0))),
             slot_seconds=int(ms) / 1000 / int(weight) if weight else None,
@@ -302,6 +306,9 @@ class JobStore:
             workers=workers,
             memory_used_bytes=memory["used_memory"],
             memory_max_bytes=memory["maxmemory"],
+            webhooks=undelivered,
+            oldest_webhook_seconds=_age(longest, now_seconds, 1e3),
+            overdue_webhook_seconds=_age(first_due, now_seconds, 1e3),
         )
 
     async def _read_jobs(self, asked: list[tuple[str, str]]) -> list[Job | None]:
@@ -323,6 +330,12 @@ class JobStore:
             await self._redis.lpush(QUEUE_NAME, doorbell(self._celery, hint))
         except RedisError:
             log.warning("the bell was not rung", extra={"action": "ring_failed"})
+
+
+def _age(first: list[tuple[str, float]], now_seconds: float, units: float) -> float:
+    """Seconds since the score of the first member of a zset; 0 where it is in the future, or where
+    there is none. `units`: of the score, in a second."""
+    return max(0.0, now_seconds - first[0][1] / units) if first else 0.0
 
 
 def given(limit: int | None) -> str | int:

@@ -118,6 +118,7 @@ class _Form:
     max_files: int = 1
     max_bytes: int | None = None  # of all files together
     judge: Judge = once
+    takes_url: bool = False  # instead of a file
     sent: list[Field] = field(default_factory=list)
     files: list[ArrivedFile] = field(default_factory=list)
     is_complete: bool = False
@@ -247,21 +248,25 @@ async def receive(
     max_file_bytes: int,
     patience_seconds: float = 30,
     judge: Judge = once,
+    *,
+    takes_url: bool = False,
 ) -> Upload:
     """Writes the form's one file to `path` while it arrives.
 
     `judge` sees the name of each part when it begins (the file's is `file`) and the fields before
-    it; what it raises ends the upload before that part is read. Raises MalformedUpload,
-    MissingFile, EmptyFile, FileTooLarge, NotAudio, InvalidField, StorageFull, UploadTooSlow;
-    whoever called removes what was written.
+    it; what it raises ends the upload before that part is read. `takes_url`: a field `url` may come
+    instead of the file; then nothing is written. Raises MalformedUpload, MissingFile, EmptyFile,
+    FileTooLarge, NotAudio, InvalidField, StorageFull, UploadTooSlow; whoever called removes what
+    was written.
     """
 
     async def place() -> Path:
         return path
 
-    form = _Form(max_file_bytes, judge=judge)
+    form = _Form(max_file_bytes, judge=judge, takes_url=takes_url)
     await _take(form, stream, content_type, place, patience_seconds)
-    return Upload(form.files[0].checksum, form.files[0].size_bytes, form.sent)
+    file = form.files[0] if form.files else ArrivedFile()
+    return Upload(file.checksum, file.size_bytes, form.sent)
 
 
 async def receive_files(
@@ -310,7 +315,10 @@ async def _take(
             await file.close()
     if not form.is_complete:
         raise MalformedUpload("The multipart body ends early: its closing boundary is missing.")
-    if not form.files:
+    if form.takes_url and dict(form.sent).get("url", "").strip():
+        if form.files:
+            raise InvalidField([("url", "comes instead of the file; send one of them")])
+    elif not form.files:
         raise MissingFile
 
 
@@ -350,6 +358,7 @@ async def paced(stream: AsyncIterator[bytes], patience_seconds: float) -> AsyncI
         latest = min(latest, clock() + patience_seconds)
 
 
+_MARKUP = (b"<!doctype", b"<html", b"<head", b"<body", b"<script", b"<?xml", b"<svg")
 _TEXT = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}
 
 
@@ -358,5 +367,10 @@ def refuse_text(head: bytes | bytearray) -> None:
 
     Every container that we decode has bytes outside printable ASCII within its first kilobyte.
     """
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_MARKUP):
+        raise NotAudio(
+            "The file is a web page (HTML or XML), not audio or video. Send the recording itself, "
+            "or its own address, not that of a page that plays it."
+        )
     if head and _TEXT.issuperset(head):
         raise NotAudio

@@ -55,9 +55,10 @@ def queue_of(stage: Stage, jobs: int) -> Iterator[Queue]:
         "max_queue_seconds": str(10**9),
         "min_free_disk_mb": "0",
         "list_jobs": "true",
+        "egress_allow": "127.0.0.1",
     }
     with stage.service(**settings) as client:
-        done = client.submit(file)
+        done = client.submit(file, webhook_url="http://127.0.0.1:9/nobody")
         client.text(done, 0.1)
         client.service.kill("worker", signal.SIGKILL)
         client.service.popen("worker").wait()
@@ -124,6 +125,7 @@ CALLS: dict[str, Callable[[Queue], object]] = {
     "GET /status, completed": lambda queue: queue.http.get(f"/status/{queue.done}"),
     "GET /result": lambda queue: queue.http.get(f"/result/{queue.done}"),
     "GET /jobs/{id}/partial": lambda queue: queue.http.get(f"/jobs/{queue.waiting}/partial"),
+    "GET /jobs/{id}/webhook": lambda queue: queue.http.get(f"/jobs/{queue.done}/webhook"),
     "GET /stats": lambda queue: queue.http.get("/stats"),
     "GET /metrics": lambda queue: queue.http.get("/metrics"),
     "GET /health": lambda queue: queue.http.get("/health"),

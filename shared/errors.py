@@ -6,11 +6,13 @@ ServiceError
 │   ├── MalformedUpload       the body is not a multipart form we can read
 │   ├── MalformedBody         nor JSON, nor a simple form
 │   ├── MissingFile, EmptyFile, FileTooLarge, BatchTooLarge, NotAudio, UploadTooSlow
+│   ├── UrlNotAllowed         an address that we do not ask
+│   ├── UrlUnreachable, UrlStatus, UrlTooSlow   one that gave nothing
 │   ├── Unauthorized, Forbidden   no valid API key, or one that may not do that
 │   ├── IdempotencyConflict   the key was used for another request
 │   ├── DigestUnknown         the file has to be uploaded
 │   ├── ListingOff            no list of jobs without API keys
-│   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound
+│   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound, WebhookNotFound
 │   ├── ModelNotFound         no model of that name is loaded
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
@@ -20,6 +22,7 @@ ServiceError
 │   ├── TooManyWaiters        too many requests wait for a job already
 │   ├── WaitTooLong           so much that this caller would give up before its turn
 │   ├── StillRunning          it takes longer than one request may wait
+│   ├── TooManyFetches        too many recordings are being fetched
 │   ├── LimitReached          the caller has used what its key allows
 │   │   └── RateLimited, TooManyJobs, AudioMinutesUsed
 │   └── StorageFull           no room for the upload
@@ -80,7 +83,7 @@ larger than 64 KiB."""
 
 class MissingFile(RequestError):
     """No file was sent. Send the audio as the form field `file`, \
-for example: curl -F "file=@audio.mp3" ..."""
+for example: curl -F "file=@audio.mp3" ... or its address as `url`."""
 
     code = "missing_file"
 
@@ -114,6 +117,44 @@ class NotAudio(RequestError):
     """The file is text, not audio or video, whatever its name says."""
 
     code = "unsupported_media"
+
+
+class UrlNotAllowed(RequestError):
+    """The address is none that this server asks."""
+
+    code = "url_not_allowed"
+
+
+UNREACHABLE = {
+    "name": "Its name does not resolve to an address.",
+    "connection": "It takes no connection, or ended it.",
+    "tls": "Its certificate is not valid, or it speaks no TLS.",
+    "protocol": "What it answers is no HTTP.",
+    "ended": "It ended its answer early.",
+}
+
+
+class UrlUnreachable(RequestError):
+    """The server at this address can't be reached."""
+
+    code = "url_unreachable"
+
+    def __init__(self, reason: str = "connection"):
+        """`reason`: one of UNREACHABLE."""
+        self.reason = reason
+        super().__init__(f"The server at this address can't be reached. {UNREACHABLE[reason]}")
+
+
+class UrlStatus(RequestError):
+    """The server at this address did not give the file."""
+
+    code = "url_status"
+
+
+class UrlTooSlow(RequestError):
+    """The server at this address answered too slowly, or not at all."""
+
+    code = "url_too_slow"
 
 
 class Unauthorized(RequestError):
@@ -171,6 +212,12 @@ class ModelNotFound(RequestError):
     """No model of this name is loaded. GET /v1/models lists the names that it has."""
 
     code = "model_not_found"
+
+
+class WebhookNotFound(RequestError):
+    """The job was submitted without a webhook_url."""
+
+    code = "webhook_not_found"
 
 
 class ResultNotReady(RequestError):
@@ -248,6 +295,13 @@ class StillRunning(Unavailable):
 to wait for the rest, or get its result by the job id in the header X-Job-Id."""
 
     code = "still_running"
+
+
+class TooManyFetches(Unavailable):
+    """As many recordings are being fetched from other servers as this one does at a time; nothing \
+was kept. Try again after the time that Retry-After names."""
+
+    code = "too_many_fetches"
 
 
 class LimitReached(Unavailable):

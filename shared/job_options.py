@@ -94,6 +94,10 @@ class JobOptions(BaseModel):
         description="`high` counts as submitted twelve hours earlier, `low` as twelve hours later.",
     )
 
+    webhook_url: str = Field(
+        "", max_length=2048, description="Address that is told when the job has ended."
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _empty_means_default(cls, value: Any, info: Any) -> Any:

@@ -36,6 +36,15 @@ unfinished:<name>                     hash    while there are    job id -> audio
 held:<name>                           string  while there are    the sum of these
 audio_used:<name>                     string  to midnight (UTC)  audio transcribed for it (ms)
 changes:<fingerprint>                 channel                    moved | ended [job id]
+delivery:<job id>                     hash    as its job         how its webhook was told its end:
+                                                                 state, attempts
+undelivered                           zset    for ever           job id -> its end (ms), until its
+                                                                 webhook knows, or is given up
+receivers                             zset    for ever           receiver (scheme and host of a
+                                                                 webhook) -> when its next delivery
+                                                                 is due (ms)
+deliveries:<receiver>                 zset    while there are    job id -> when it is due (ms); of
+                                                                 one under way, when its lease ends
 
 The prefix is a hash tag, so all keys share one slot. Records of unfinished work have no lifetime:
 they end when the work does. The broker's own keys (the list `transcriptions` and kombu's) are
@@ -59,6 +68,8 @@ PACE = PREFIX + "pace"
 WORKERS = PREFIX + "workers"
 LISTED = PREFIX + "listed"
 API_KEYS = PREFIX + "api_keys"
+UNDELIVERED = PREFIX + "undelivered"
+RECEIVERS = PREFIX + "receivers"
 
 
 def job(job_id: str) -> str:
@@ -123,6 +134,15 @@ def changes(fingerprint: str) -> str:
     return f"{PREFIX}changes:{fingerprint}"
 
 
+def delivery(job_id: str) -> str:
+    return f"{PREFIX}delivery:{job_id}"
+
+
+def deliveries(receiver: str) -> str:
+    """`receiver`: as receiver_of() of _common.lua has it."""
+    return f"{PREFIX}deliveries:{receiver}"
+
+
 LUA_PRELUDE = "\n".join(
     [
         f"local {name.upper()} = '{value}'"
@@ -136,6 +156,8 @@ LUA_PRELUDE = "\n".join(
             ("counters", COUNTERS),
             ("pace", PACE),
             ("listed", LISTED),
+            ("undelivered", UNDELIVERED),
+            ("receivers", RECEIVERS),
         ]
     ]
     + [
@@ -153,6 +175,8 @@ LUA_PRELUDE = "\n".join(
             held,
             audio_used,
             changes,
+            delivery,
+            deliveries,
         )
     ]
 )

@@ -44,5 +44,5 @@ def configure(level: str) -> None:
     for name in ("celery.worker.strategy", "celery.app.trace"):  # two lines for each bell
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each bad upload
-    for name in ("faster_whisper", "httpx", "httpx2", "huggingface_hub"):
+    for name in ("faster_whisper", "httpcore2", "httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)

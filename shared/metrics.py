@@ -31,16 +31,30 @@ REJECTIONS = {
     "batch_too_large": "too_large",
     "idempotency_conflict": "invalid",
     "invalid_field": "invalid",
+    "url_not_allowed": "url",
+    "url_unreachable": "url",
+    "url_status": "url",
+    "url_too_slow": "url",
     "store_unavailable": "unavailable",
     "store_full": "unavailable",
     "storage_full": "unavailable",
     "queue_full": "queue_full",
+    "too_many_fetches": "unavailable",
     "unauthorized": "unauthorized",
     "forbidden": "unauthorized",
     "rate_limited": "limit",
     "too_many_jobs": "limit",
     "audio_minutes_used": "limit",
 }
+FETCH_RESULTS = (
+    "fetched",
+    "url_not_allowed",
+    "url_unreachable",
+    "url_status",
+    "url_too_slow",
+    "other",
+)
+WEBHOOK_RESULTS = ("delivered", "retried", "failed")
 OUTCOMES = {"new": "miss", "joined": "joined", "hit": "hit"}
 JOB_ERRORS = (
     "unreadable_media",
@@ -138,6 +152,22 @@ class ApiMetrics:
         )
         for kind in WAITER_KINDS:
             self.waiters.labels(kind)
+        self.webhooks = Counter(
+            "whisper_webhook_deliveries",
+            "Attempts to tell a webhook: delivered, to be tried again (retried), given up (failed)",
+            ["result"],
+            registry=registry,
+        )
+        self.fetches = Counter(
+            "whisper_fetches",
+            "Recordings fetched from a url=, and why others were not",
+            ["result"],
+            registry=registry,
+        )
+        for result in FETCH_RESULTS:
+            self.fetches.labels(result)
+        for result in WEBHOOK_RESULTS:
+            self.webhooks.labels(result)
         for reason in set(REJECTIONS.values()):
             self.rejected.labels(reason)
         for result in OUTCOMES.values():

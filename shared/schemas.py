@@ -220,6 +220,49 @@ class BatchEnded(BaseModel):
     jobs: list[JobEnded] = Field(description="In the order of the files.")
 
 
+class WebhookAttempt(BaseModel):
+    number: int = Field(description="Counted from 1.")
+    at: datetime
+    status_code: int | None = Field(None, description="What the receiver answered, if it did.")
+    error: str | None = Field(None, description="Why it was not delivered; null where it was.")
+    seconds: float | None = Field(None, description="How long it took.")
+
+
+class JobWebhook(BaseModel):
+    """GET /jobs/{job_id}/webhook."""
+
+    job_id: str
+    webhook_id: str = Field(description="The header `webhook-id` of every attempt.")
+    receiver: str = Field(description="Scheme and host of the webhook_url.")
+    state: str = Field(description="pending, delivered or failed.")
+    attempts: list[WebhookAttempt] = Field(description="The latest, the oldest of them first.")
+    next_attempt_at: datetime | None = Field(
+        None, description="While pending, and once the job has ended."
+    )
+
+
+class EndedJob(BaseModel):
+    """What a webhook tells of a job. The transcript is fetched."""
+
+    job_id: str
+    status: JobStatus
+    metadata: Metadata
+    duration: float | None = Field(description="Seconds of audio; null where it is not known.")
+    error: Failure | None = Field(description="Of a failed job.")
+    submitted_at: datetime
+    finished_at: datetime | None
+    expires_at: datetime | None = Field(description="When the result goes.")
+    links: Links
+
+
+class WebhookEvent(BaseModel):
+    """The body of a webhook; the same for every attempt."""
+
+    type: str = Field(description="transcription.completed, .failed or .cancelled.")
+    timestamp: datetime | None = Field(description="When the job ended.")
+    data: EndedJob
+
+
 class FieldProblem(BaseModel):
     field: str
     message: str

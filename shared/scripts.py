@@ -21,10 +21,13 @@ _ALLOWED_OVER_MEMORY = frozenset(
         "cancel",
         "erase",
         "meter",
+        "claim_deliveries",
+        "settle_delivery",
+        "redeliver",
     }
 )
 # These answer also while a server refuses to write, as with a full disk.
-_READING = frozenset({"read", "known", "list"})
+_READING = frozenset({"read", "known", "list", "delivery"})
 
 
 def source(verb: str, *, has_flags: bool) -> str:

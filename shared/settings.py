@@ -6,6 +6,8 @@ table to this list.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import difflib
 import re
 from enum import StrEnum
@@ -17,6 +19,7 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.destinations import Destinations
 from shared.errors import InvalidSettings
 
 DEMO_MODEL = "demo"
@@ -98,6 +101,28 @@ class Settings(BaseSettings):
     )
     cors_origins: str = Field(
         "", description="Origins whose pages may read answers, comma-separated, or *."
+    )
+
+    # --- other servers
+    egress_allow: str = Field(
+        "",
+        description="Names, addresses and networks that are asked though they are not public.",
+    )
+    fetch_seconds: float = Field(
+        60, gt=0, description="A recording that is fetched from a url= must be here by then."
+    )
+    webhook_secret: SecretStr = Field(
+        SecretStr(""), description="Signs webhooks; empty: one is made and kept in DATA_DIR."
+    )
+    webhook_secret_old: SecretStr = Field(
+        SecretStr(""), description="Signs them, too, while receivers change to the new one."
+    )
+    webhook_timeout_seconds: float = Field(
+        10, gt=0, le=60, description="A receiver must have answered by then."
+    )
+    webhook_retry_seconds: str = Field(
+        "5,30,120,600,1800,3600,10800,21600,43200",
+        description="Pauses before a webhook is sent again, one after the other.",
     )
 
     # --- processes
@@ -186,6 +211,25 @@ class Settings(BaseSettings):
                 raise ValueError(
                     f"{origin!r} is no origin like https://example.org; or give * alone"
                 )
+        return value
+
+    @field_validator("egress_allow")
+    @classmethod
+    def _destinations(cls, value: str) -> str:
+        Destinations(value)
+        return value
+
+    @field_validator("webhook_secret", "webhook_secret_old")
+    @classmethod
+    def _signing_key(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value():
+            parse_webhook_secret(value.get_secret_value())
+        return value
+
+    @field_validator("webhook_retry_seconds")
+    @classmethod
+    def _pauses(cls, value: str) -> str:
+        parse_pauses(value)
         return value
 
     @field_validator("redis_url")
@@ -286,6 +330,29 @@ def _with_password(url: str, password: str) -> str:
 
 def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(origin.strip() for origin in text.split(",") if origin.strip())
+
+
+def parse_webhook_secret(text: str) -> bytes:
+    """The key of a `whsec_...`; raises ValueError."""
+    encoded = text.strip().removeprefix("whsec_").rstrip("=")
+    try:
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error:
+        key = b""
+    if not text.strip().startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError(
+            "must be whsec_ and 24 to 64 random bytes in base64; "
+            "`python -m api.webhook_secret --new` prints one"
+        )
+    return key
+
+
+def parse_pauses(text: str) -> tuple[float, ...]:
+    """`5,30,120` -> (5.0, 30.0, 120.0), seconds; raises ValueError."""
+    pauses = tuple(float(part) for part in text.split(",") if part.strip())
+    if len(pauses) > 20 or not all(0 < pause <= 86_400 for pause in pauses):
+        raise ValueError("must be up to 20 numbers above 0, each of a day (86400) at most")
+    return pauses
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -76,9 +76,13 @@ class Storage:
         self.folder(job_id).mkdir()
         path = self.folder(job_id) / "audio.part"
         if size_bytes:
-            with path.open("xb") as file:
-                _allocate(file.fileno(), size_bytes)
+            self.reserve(path, size_bytes)
         return path
+
+    def reserve(self, path: Path, size_bytes: int) -> None:
+        """As `begin`, for bytes of which nobody knew then. Raises OSError."""
+        with path.open("ab") as file:
+            _allocate(file.fileno(), size_bytes)
 
     def keep(self, manifest: Manifest) -> None:
         """Makes an upload durable: audio, manifest and their names are on disk when it returns."""

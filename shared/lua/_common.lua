@@ -245,10 +245,43 @@ local function limit_reached(name, most_jobs, most_audio_ms, now)
   end
 end
 
+-- Webhooks. What is to be told waits by receiver, so that one that is slow delays no other.
+local function receiver_of(url)
+  return string.match(url, '^%a+://[^/?#]+')
+end
+
+-- When is this receiver's first delivery due?
+local function look_at(receiver)
+  local first = redis.call('ZRANGE', deliveries(receiver), 0, 0, 'WITHSCORES')
+  if first[2] then
+    redis.call('ZADD', RECEIVERS, first[2], receiver)
+  else
+    redis.call('ZREM', RECEIVERS, receiver)
+  end
+end
+
+local function deliver_at(receiver, id, due)
+  redis.call('ZADD', deliveries(receiver), digits(due), id)
+  look_at(receiver)
+end
+
+local function stop_delivery(receiver, id)
+  redis.call('ZREM', deliveries(receiver), id)
+  redis.call('ZREM', UNDELIVERED, id)
+  look_at(receiver)
+end
+
+local function begin_delivery(id, url, now, lifetime_ms)
+  redis.call('HSET', delivery(id), 'state', 'pending', 'tries', '0')
+  live_at_least(delivery(id), lifetime_ms)
+  redis.call('ZADD', UNDELIVERED, digits(now), id)
+  deliver_at(receiver_of(url), id, now)
+end
+
 -- Gives one job its terminal status and its lifetime. Returns whether it did, and the job's owner.
 local function end_job(id, now, status, code, message, facts, retention_ms, grace_ms)
-  local fp, ended, owner, of_batch, key = unpack(redis.call('HMGET', job(id), 'fingerprint', 'status',
-    'owner', 'batch', 'idempotency'))
+  local fp, ended, owner, of_batch, key, url = unpack(redis.call('HMGET', job(id), 'fingerprint',
+    'status', 'owner', 'batch', 'idempotency', 'webhook_url'))
   if not fp or ended then return false end
   if owner then let_go(owner, id) end
   redis.call('ZADD', LISTED, digits(now + retention_ms), listed_as(id, owner, of_batch))
@@ -260,6 +293,7 @@ local function end_job(id, now, status, code, message, facts, retention_ms, grac
     'expires_ms', digits(now + retention_ms), 'error_code', code, 'error_message', message,
     unpack(facts))
   redis.call('PEXPIRE', job(id), digits(retention_ms + grace_ms))
+  if url then begin_delivery(id, url, now, retention_ms + grace_ms) end
   return true, owner
 end
 

@@ -6,11 +6,12 @@ local TOMBSTONE_MS = 60000
 local id = ARGV[1]
 local fp = fingerprint_seen_by(ARGV[2], id)
 if not fp then return {'unknown', {}} end
-local ended, owner, of_batch, number, key = unpack(redis.call('HMGET', job(id), 'status', 'owner',
-  'batch', 'batch_number', 'idempotency'))
+local ended, owner, of_batch, number, key, url = unpack(redis.call('HMGET', job(id), 'status', 'owner',
+  'batch', 'batch_number', 'idempotency', 'webhook_url'))
 if not ended then return {'unfinished', {}} end
 local erased = {'erased', redis.call('HGETALL', job(id))}
-redis.call('DEL', job(id))
+if url then stop_delivery(receiver_of(url), id) end
+redis.call('DEL', job(id), delivery(id))
 unlist(listed_as(id, owner, of_batch))
 if key then forget_key(idempotency(key), number or '0', id) end
 redis.call('SREM', holders(fp), id)

@@ -25,16 +25,20 @@ from local.service import Service
 from shared import keys
 from tests.conftest import FOX, FOX_WORDS, ROOT, alive, free_port, wait_until
 from tests.e2e.conftest import Client, variant
+from tests.receiver import Receiver, Reply
 
 PASSWORD = "canary-redis-Zq7/x+y=%"
 LOGIN = "canary-flower-33"
 TOKEN = "canary-hub-token-81"
 NAME = "canary-file-name-42.wav"
 PROMPT = "canary prompt 17"
+SIGNING = "whsec_Y2FuYXJ5LXNpZ25pbmcta2V5LTAwMDAwMDAwMDA="
+QUERY = "canary-query-99"
 KEY = f"fwa_0123456789ab_canary-key-{'k' * 32}"
 SECRETS = (
     *(PASSWORD, quote(PASSWORD, ""), "canary-redis", LOGIN, TOKEN, NAME, PROMPT, "brown fox"),
     *(KEY, "canary-key", digest_of(KEY)),
+    *(SIGNING, SIGNING[6:30], "canary-signing-key", QUERY),
 )
 
 
@@ -86,6 +90,8 @@ def seen(redis_process, flower, tmp_path_factory: pytest.TempPathFactory) -> dic
         "redis_password": PASSWORD,
         "auth": "keys",
         "HF_TOKEN": TOKEN,
+        "webhook_secret": SIGNING,
+        "egress_allow": "127.0.0.1",
         "log_level": "DEBUG",
         "max_attempts": "1",
     }
@@ -137,6 +143,16 @@ def work(client: Client, folder: Path, found: dict[str, str]) -> None:
     client.wait(failed, "failed")
     cancelled = client.submit(variant(fox, 2), initial_prompt=PROMPT)["job_id"]
     client.http.delete(f"/jobs/{cancelled}")
+    with Receiver() as receiver, Receiver(Reply(body=FOX.read_bytes())) as shop:
+        told = {"webhook_url": receiver.url(f"/{QUERY}?{QUERY}")}
+        fetched = {"url": shop.url(f"/{QUERY}?{QUERY}"), **told}
+        away = Reply(302, {"Location": f"/{QUERY}"})
+        shop.replies.insert(0, away)
+        answer = client.http.post("/transcribe", json=fetched)
+        assert answer.status_code == 202, answer.text
+        client.submit(fox, **told)
+        wait_until(lambda: len(receiver.received) >= 2, 30, "webhooks are told")
+        found["webhook"] = client.http.get(f"/jobs/{answer.json()['job_id']}/webhook").text
     post = {"files": {"file": (NAME, FOX.read_bytes())}}
     refused = [
         client.http.get(f"/result/{failed}"),
@@ -151,6 +167,11 @@ def work(client: Client, folder: Path, found: dict[str, str]) -> None:
         client.http.get(f"/status/{done}", headers={"Authorization": f"Bearer {TOKEN}"}),
         client.http.get(f"/status/{done}", headers={"Authorization": f"Bearer {KEY}X"}),
         client.http.get(f"/nowhere?key={quote(TOKEN)}"),
+        *(
+            client.http.post("/transcribe", json={"url": f"{url}/{QUERY}?{QUERY}"})
+            for url in ("http://10.0.0.1", "http://127.0.0.1:1", "http://a b", "http://a.invalid")
+        ),
+        client.http.post("/transcribe", **post, data={"webhook_url": f"http://10.1.1.1/{QUERY}"}),
     ]
     found["error answers"] = "\n".join(answer.text for answer in refused)
 
@@ -213,3 +234,8 @@ def test_what_was_searched_was_there(seen):
     assert "unsupported_media" in seen["error answers"]
     assert "unauthorized" in seen["error answers"]
     assert '"logger": "audit"' in seen["log"]
+    assert "url_not_allowed" in seen["error answers"]
+    assert "url_unreachable" in seen["error answers"]
+    assert '"action": "fetched"' in seen["log"]
+    assert '"action": "webhook_attempted"' in seen["log"]
+    assert '"state":' in seen["webhook"]

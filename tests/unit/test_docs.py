@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -27,12 +28,15 @@ from pydantic import BaseModel
 import example_client
 from api import docs, formats, monitoring
 from api.admission import Admission
+from api.deliveries import KEPT_ATTEMPTS
 from api.dependencies import State
 from api.forms import options_of
 from api.openai.answers import Transcription
 from api.openai.envelope import ErrorEnvelope
 from api.openai.fields import LISTS, OF_SPEAKERS, AudioForm, asked_of
 from api.openai.models import ModelList
+from api.sender import ATTEMPT_ERRORS
+from api.signing import Signer, written
 from api.snapshot import Snapshot
 from shared import metrics, schemas
 from shared.job_options import (
@@ -43,7 +47,7 @@ from shared.job_options import (
 )
 from shared.metrics import ApiMetrics, WorkerMetrics
 from shared.options import TranscriptionOptions, VadParameters
-from shared.settings import Settings
+from shared.settings import Settings, parse_pauses
 from shared.storage import Storage
 from tests.conftest import FOX_WORDS, ROOT
 from tests.unit.test_settings import compose_config, env_example, uncommented
@@ -235,7 +239,7 @@ def test_every_field_of_the_job_is_documented():
     assert list(documented) == list(JobOptions.model_fields)
     assert documented["priority"][1] == ", ".join(f"`{each}`" for each in Priority)
     for name, value in JobOptions().model_dump(mode="json").items():
-        assert documented[name][2] == f"`{value}`", name
+        assert documented[name][2] == (f"`{value}`" if value != "" else "empty"), name
     assert str(MAX_METADATA_BYTES) in documented["metadata"][3]
     assert f"{MAX_METADATA_DEPTH} levels" in documented["metadata"][3]
 
@@ -275,6 +279,46 @@ def test_every_warning_is_documented_with_its_threshold():
     }.items():
         assert all(str(figure) in documented[code][1] for figure in figures), code
     assert quality.REPEATS == 4, "in words: four segments in a row"
+
+
+def test_the_fields_and_errors_of_webhooks_are_documented():
+    section = text_of("API_DOCS.md").partition("\n## Webhooks\n")[2].partition("\n## ")[0]
+    of_answer = cells_of(section.partition("| Field | Meaning |")[2].partition("| Error of")[0])
+    assert list(of_answer) == list(schemas.JobWebhook.model_fields)
+    assert str(KEPT_ATTEMPTS) in of_answer["attempts"][1]
+    errors = cells_of(section.partition("| Error of an attempt |")[2])
+    assert set(errors) == set(ATTEMPT_ERRORS)
+    settings = Settings(_env_file=None)
+    pauses = parse_pauses(settings.webhook_retry_seconds)
+    assert f"within {settings.webhook_timeout_seconds:g} seconds" in section
+    assert len(pauses) == 9
+    assert "ten attempts in about 23 hours" in section
+    assert 22.5 * 3600 < sum(pauses) < 23.5 * 3600
+    assert max(pauses) == 12 * 3600
+
+
+def test_the_verification_that_is_shown_verifies():
+    """And refuses: it is copied."""
+    (block,) = [b for b in blocks(ROOT / "API_DOCS.md", "python") if "def is_genuine" in b]
+    names: dict[str, Any] = {}
+    exec(block, names)  # noqa: S102 - it is our own
+    is_genuine, body = names["is_genuine"], '{"a": "ü"}'.encode()
+    made = Signer((b"k" * 32, b"o" * 32))
+
+    def headers(at: float) -> dict[str, str]:
+        return {
+            "webhook-id": "msg_1",
+            "webhook-timestamp": str(int(at)),
+            "webhook-signature": made.signature("", "msg_1", int(at), body),
+        }
+
+    secret, good = made.secret_of(""), headers(time.time())
+    assert is_genuine(secret, good, body)
+    assert is_genuine(written(b"o" * 32), good, body)
+    assert not is_genuine(secret, good, body + b" ")
+    assert not is_genuine(secret, {**good, "webhook-id": "msg_2"}, body)
+    assert not is_genuine(secret, headers(time.time() - 3600), body)
+    assert not is_genuine(written(b"x" * 32), good, body)
 
 
 def test_every_status_is_documented():
@@ -319,7 +363,7 @@ async def test_the_type_of_an_error_leads_to_its_explanation():
     for code in set(error_rows()) - {"http_error"}:
         assert f'id="{code}"' in page, code
     for _, example in examples():
-        if "type" in example:
+        if "type" in example and "data" not in example:
             assert example["type"] == f"/docs/errors#{example['code']}"
 
 
@@ -345,6 +389,8 @@ def test_every_json_example_has_the_fields_of_a_real_answer():
         "next_cursor": schemas.JobPage,
         "progress": schemas.JobView,
         "segments": schemas.JobResult,
+        "type data": schemas.WebhookEvent,
+        "webhook_id": schemas.JobWebhook,
         "usage": Transcription,
         "error": ErrorEnvelope,
         "data": ModelList,
@@ -394,7 +440,10 @@ async def test_the_examples_of_health_and_stats_have_the_real_shape(tmp_path):
     storage = Storage(tmp_path)
     admission = Admission(settings, store, storage)
     keys: Any = None
-    state = State(settings, store, keys, storage, admission, ApiMetrics(CollectorRegistry()))
+    counted = ApiMetrics(CollectorRegistry())
+    egress: Any = None
+    others: Any = None
+    state = State(settings, store, keys, storage, admission, egress, others, others, counted)
     request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=state)))
     assert shape(await monitoring.stats(request)) == shape(stats)
     answer: Any = SimpleNamespace(headers={})
@@ -413,7 +462,7 @@ def shape(value: Any) -> Any:
 def test_every_curl_command_asks_an_endpoint_with_fields_that_exist(routes):
     """Of `make run` on its port, of nginx on its own."""
     ports = {Settings.model_fields["port"].default, None}
-    known = {*TranscriptionOptions.model_fields, *JobOptions.model_fields, "file"}
+    known = {*TranscriptionOptions.model_fields, *JobOptions.model_fields, "file", "url"}
     asked = 0
     for name, words in commands():
         if words[0] != "curl":
@@ -429,11 +478,14 @@ def test_every_curl_command_asks_an_endpoint_with_fields_that_exist(routes):
         assert url.port in ports, (name, words)
         assert f"{method} {path}" in routes, (name, words)
         fields = dict(part.split("=", 1) for part in form)
+        if "-d" in words:
+            fields = json.loads(words[words.index("-d") + 1])
         if path.startswith("/v1/"):
             sent = [field for field in fields.items() if field[0] != "file"]
             assert not asked_of(sent, "transcribe", "demo").ignored
             fields = {"file": fields["file"]}
         assert set(fields) <= known, (name, words)
+        fields.pop("url", None)
         upload = fields.pop("file", "@README.md")
         assert upload.startswith("@")
         assert (ROOT / upload[1:]).is_file(), (name, words)
@@ -502,7 +554,8 @@ def test_a_copy_of_env_example_changes_nothing(tmp_path):
 
 def test_every_name_in_capitals_is_a_setting():
     """A setting that is renamed must not live on in a document."""
-    others = {"HF_HOME", "JOB", "PYTHON", "VERBOSE_JSON", "WHISPER_API_KEY", *env_example()[1]}
+    others = {"HF_HOME", "JOB", "PYTHON", "SSL_CERT_FILE", "VERBOSE_JSON", "WHISPER_API_KEY"}
+    others |= set(env_example()[1])
     for path in ours():
         for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", text_of(path)):
             assert name.lower() in Settings.model_fields or name in others, (name_of(path), name)
@@ -604,6 +657,8 @@ def test_the_values_of_closed_labels_are_documented():
     for name, values in [
         ("whisper_jobs_rejected_total", metrics.REJECTIONS.values()),
         ("whisper_cache_requests_total", metrics.OUTCOMES.values()),
+        ("whisper_fetches_total", metrics.FETCH_RESULTS),
+        ("whisper_webhook_deliveries_total", metrics.WEBHOOK_RESULTS),
         ("whisper_job_stage_duration_seconds", metrics.STAGES),
         ("whisper_cleanup_removed_total", metrics.CLEANED),
     ]:

@@ -15,11 +15,13 @@ class Source:
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
+        self.came = asyncio.Event()
         self.go = asyncio.Event()
         self.failure: Exception | None = None
 
     async def fetch(self, keys: list[str]) -> list[tuple[str, float]]:
         self.asked.append(keys)
+        self.came.set()
         began = time.monotonic()
         await self.go.wait()
         if self.failure:
@@ -30,7 +32,8 @@ class Source:
 async def begun(source: Source, count: int) -> None:
     async with asyncio.timeout(5):
         while len(source.asked) < count:
-            await asyncio.sleep(0)
+            source.came.clear()
+            await source.came.wait()
 
 
 async def test_those_who_come_together_share_a_round_trip():

@@ -41,14 +41,22 @@ def form(*parts: bytes) -> bytes:
     return b"".join(parts) + b"--xyz--\r\n"
 
 
-async def send(body: bytes, tmp_path, *, step: int = 65_536, limit: int = 10**7, kind: str = TYPE):
+async def send(
+    body: bytes,
+    tmp_path,
+    *,
+    step: int = 65_536,
+    limit: int = 10**7,
+    kind: str = TYPE,
+    takes_url: bool = False,
+):
     async def stream():
         for start in range(0, len(body), step):
             yield body[start : start + step]
 
     path = tmp_path / "audio.part"
     path.unlink(missing_ok=True)
-    return await receive(stream(), kind, path, limit), path
+    return await receive(stream(), kind, path, limit, takes_url=takes_url), path
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000, 10**6])
@@ -171,6 +179,37 @@ async def test_what_has_arrived_is_taken_however_late_we_are(tmp_path):
 def test_a_full_form_fits_its_allowance():
     """A request is refused by its announced length only when no legal form is so long."""
     assert FORM_OVERHEAD_BYTES > 40 * MAX_FIELD_BYTES
+
+
+async def test_an_address_may_come_instead_of_the_file_where_it_is_taken(tmp_path):
+    """And nowhere else: whoever knows no addresses must not take an empty file for one."""
+    url, file = part("url", b"https://example.org/a.mp3"), part("file", AUDIO, "a.mp3")
+    upload, _ = await send(form(url, part("language", b"en")), tmp_path, takes_url=True)
+    assert upload.fields == {"url": "https://example.org/a.mp3", "language": "en"}
+    upload, _ = await send(form(file, part("url", b" ")), tmp_path, takes_url=True)
+    assert upload.size_bytes == len(AUDIO)
+    with pytest.raises(MissingFile):
+        await send(form(url), tmp_path)
+    with pytest.raises(MissingFile):
+        await send(form(part("url", b"")), tmp_path, takes_url=True)
+    with pytest.raises(InvalidField, match="instead of the file"):
+        await send(form(file, url), tmp_path, takes_url=True)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!DOCTYPE html><title>Grüße</title>",
+        "\ufeff\r\n<html lang='de'>ü",
+        "<?xml version='1.0'?><ü/>",
+        "<SCRIPT>ü</SCRIPT>",
+    ],
+)
+async def test_a_web_page_is_refused_in_any_language(tmp_path, page):
+    """Its text need not be ASCII."""
+    body = form(part("file", page.encode() + b"\xc3\xbc" * 2000, "a.mp3"))
+    with pytest.raises(NotAudio, match="web page"):
+        await send(body, tmp_path)
 
 
 # --- Several files --------------------------------------------------------------------------------
