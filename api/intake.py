@@ -31,6 +31,7 @@ from shared.errors import (
     MalformedUpload,
     ServiceError,
     StorageFull,
+    Unavailable,
     StoreUnavailable,
 )
 from shared.job_options import JobOptions
@@ -123,6 +124,8 @@ def refusing(state: State) -> Iterator[None]:
         except OSError as exc:
             if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise StorageFull from exc
+            if exc.errno in {errno.EMFILE, errno.ENFILE}:  # no more open files
+                raise Unavailable from exc
             raise
     except DigestUnknown:  # the answer to a question
         raise

@@ -38,6 +38,7 @@ REJECTIONS = {
     "store_unavailable": "unavailable",
     "store_full": "unavailable",
     "storage_full": "unavailable",
+    "unavailable": "unavailable",
     "queue_full": "queue_full",
     "too_many_fetches": "unavailable",
     "unauthorized": "unauthorized",

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import socket
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from itertools import count
 
 import httpx2
 import pytest
@@ -397,3 +399,24 @@ def test_what_openai_s_endpoints_answer_is_in_the_document(operations, status, f
         )
         answer = case.call_and_validate(excluded_checks=NEEDS_SENSE)
         assert answer.status_code == status
+
+
+def test_without_a_descriptor_for_it_an_upload_is_refused_for_now(service, client):
+    """Then the service goes on. Its folder can't be listed without one either, so it stays until a
+    reaper finds it abandoned."""
+    client.http.get("/health").raise_for_status()  # the connection is there
+    pid = service.popen("API").pid
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    lowest_free = next(number for number in count() if number not in used)
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with FOX.open("rb") as file:
+            answer = client.http.post("/transcribe", files={"file": file})
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert problem(answer) == (503, "unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+    for left in leftovers(service):
+        (service.settings.data_dir / "uploads" / left).rmdir()
+    client.wait(client.submit()["job_id"])
