@@ -31,8 +31,8 @@ from shared.errors import (
     MalformedUpload,
     ServiceError,
     StorageFull,
-    Unavailable,
     StoreUnavailable,
+    Unavailable,
 )
 from shared.job_options import JobOptions
 from shared.jobs import JobStatus
