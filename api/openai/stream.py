@@ -17,12 +17,10 @@ from api.errors import status_of
 from api.events import STALLED_SECONDS
 from api.hub import Watch
 from api.openai.answers import languages, transcript_of
-from api.openai.attendance import LOST, abandon
+from api.openai.attendance import abandon, never_lost
 from api.openai.envelope import body_of
 from api.segments import Segments
 from shared.errors import (
-    JobExpired,
-    JobNotFound,
     ServiceError,
     StillRunning,
     StoreUnavailable,
@@ -57,6 +55,7 @@ class TextStream:
         """Raises TooManyWaiters before it begins."""
         request, connection = self._request, connection_of(self._request)
         hub, sees = state_of(request).hub, caller_of(request).sees
+        is_stalled = False
         async with hub.watch(self._job, sees, "openai", connection) as changes:
             head = Headers(self._headers).raw
             await send({"type": "http.response.start", "status": 200, "headers": head})
@@ -65,8 +64,9 @@ class TextStream:
                 async for event in self._events(changes):
                     await write(send, event)
             except TimeoutError:
+                is_stalled = True
                 connection.abort()
-        if connection.is_lost:
+        if is_stalled or connection.is_lost:
             await abandon(request, self._job.job_id, self._return_seconds)
         await send({"type": "http.response.body", "body": b""})
 
@@ -75,7 +75,8 @@ class TextStream:
         segments = Segments(state_of(self._request).pages)
         try:
             while not changes.is_over:
-                job = await changes.next(KEEP_ALIVE_SECONDS)
+                with never_lost():
+                    job = await changes.next(KEEP_ALIVE_SECONDS)
                 try:
                     if job is None:
                         if not await is_still_admitted(self._request):
@@ -95,8 +96,6 @@ class TextStream:
                     changes.repeat()
             if not changes.has_left:
                 raise StillRunning
-        except (JobNotFound, JobExpired):
-            yield failure(StoreUnavailable(LOST))
         except ServiceError as exc:
             yield failure(exc)
 
