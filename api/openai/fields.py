@@ -22,7 +22,7 @@ from shared.options import Task, TranscriptionOptions
 RULES = frozenset(Writing.model_fields) - {"format"}  # for captions
 LISTS = frozenset({"languages", "keywords", "timestamp_granularities", "include"})
 OF_SPEAKERS = frozenset({"known_speaker_names", "known_speaker_references"})
-NO_URL = "is not taken here; send the file, or submit the address to POST /transcribe"
+NO_URL = "is not taken here; send the file, or the address to POST /transcribe"
 HEARD_OF_PROMPT = 2000  # characters; Whisper hears its last 224 tokens
 MAX_DEPTH = 8
 _ITEM = re.compile(r"\.\d+$")  # of a list

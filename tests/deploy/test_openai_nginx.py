@@ -15,6 +15,7 @@ from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, wait_until
 from tests.deploy.nginx import Echo, Nginx, Replica
 from tests.e2e.conftest import QUICK, Client, variant
+from tests.e2e.sdk import waiters
 
 ADDRESS = "/v1/audio/transcriptions"
 
@@ -99,8 +100,9 @@ def test_a_stream_begins_while_its_job_waits_and_ends_with_its_reader(
         job = stream.headers["x-job-id"]
         assert stream.headers["content-type"].startswith("text/event-stream")
         assert client.status(job)["status"] == "queued"
+        assert waiters(client) == 1
         stream.parse().close()
-        wait_until(lambda: client.status(job)["status"] == "cancelled", 30, "it is cancelled")
+        wait_until(lambda: waiters(client) == 0, 10, "the API knows that its reader is gone")
     finally:
         service.kill("worker", signal.SIGCONT)
         client.http.close()

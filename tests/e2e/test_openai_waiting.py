@@ -17,8 +17,8 @@ from openai import OpenAI
 from api.openai.attendance import RETURN_SECONDS
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, SAMPLES, wait_until
-from tests.e2e.conftest import QUICK, Client, completed_runs, leftovers, metric, variant
-from tests.e2e.sdk import WHISPER, details, early_answer, frozen, jobs_of, sdk_of
+from tests.e2e.conftest import QUICK, Client, completed_runs, leftovers, variant
+from tests.e2e.sdk import WHISPER, details, early_answer, frozen, jobs_of, sdk_of, waiters
 from tests.e2e.test_failures import long_file
 from tests.receiver import Receiver
 
@@ -104,10 +104,6 @@ def test_a_failure_in_a_stream_is_an_error_event(sdk, tmp_path):
 
 
 # --- Waiting
-
-
-def waiters(client: Client) -> float:
-    return metric(client.http.get("/metrics").text, "whisper_waiters", kind="openai")
 
 
 def test_a_client_that_lost_patience_joins_what_runs(service, client, tmp_path):
