@@ -12,8 +12,9 @@ import pytest
 from openai import OpenAI
 
 from local.service import Service
+from shared.settings import Settings
 from tests.conftest import FOX, FOX_WORDS, wait_until
-from tests.deploy.nginx import Echo, Nginx, Replica
+from tests.deploy.nginx import Echo, Nginx, Replica, shipped
 from tests.e2e.conftest import QUICK, Client, variant
 from tests.e2e.sdk import waiters
 
@@ -78,6 +79,11 @@ def test_nginx_s_own_errors_have_openai_s_envelope_below_v1(tmp_path):
         refused = [answer for answer in answers if answer.status_code == 429]
         assert_envelope(refused[0], 429, "rate_limit_exceeded", "rate_limit_exceeded", None)
         assert refused[0].headers["retry-after"] == "1"
+
+
+def test_nginx_waits_longer_than_the_api_lets_anybody_wait():
+    longest = Settings.model_fields["max_wait_seconds"].default
+    assert int(shipped()["NGINX_STREAM_TIMEOUT_SECONDS"]) > longest
 
 
 def test_the_sdk_is_served_through_nginx(sdk):
