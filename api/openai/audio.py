@@ -152,6 +152,8 @@ async def submit(request: Request, task: Task) -> tuple[Asked, JobAccepted]:
             raise late
 
     async def upload(path: Path) -> Arrival:
+        if state.hub.count >= settings.max_waiters:  # asked again when it begins to wait
+            raise TooManyWaiters
         form = await uploaded(request, path, judge)
         it = fields.asked_of(form.sent, task, settings.model_size)
         asked.append(it)

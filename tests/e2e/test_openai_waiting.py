@@ -237,10 +237,19 @@ def test_the_sdk_comes_back_when_it_is_told_to(busy, tmp_path):
     assert answer.parse().text == FOX_WORDS
 
 
-def test_a_transcription_that_takes_too_long_can_be_fetched_by_its_job(start, tmp_path):
-    """Or waited for again: the job goes on."""
-    service, client = start(max_wait_seconds="1")
+def test_a_transcription_that_takes_too_long_can_be_fetched_by_its_job(start):
+    """Or waited for again: the job goes on. More than may wait are refused before that."""
+    service, client = start(max_wait_seconds="1", max_waiters="1")
     with frozen(service), sdk_of(service) as sdk:
+        stream = sdk.audio.transcriptions.create(file=FOX, model=WHISPER, stream=True)
+        with pytest.raises(openai.InternalServerError) as caught:
+            sdk.audio.transcriptions.create(file=FOX, model=WHISPER)
+        assert details(caught.value)["code"] == "too_many_waiters"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert jobs_of(client) == 1
+        assert early_answer(service, b"")[2]["code"] == "too_many_waiters"
+        stream.close()
+        wait_until(lambda: waiters(client) == 0, 10, "there is a place again")
         with pytest.raises(openai.InternalServerError) as caught:
             sdk.audio.transcriptions.create(file=FOX, model=WHISPER)
         assert caught.value.status_code == 503
