@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.dependencies import State
 from api.formats import MEDIA_TYPES, Format, render, verbose
-from api.openai.attendance import never_lost
 from api.openai.fields import Asked
 from shared.errors import JobCancelled, failure_of
 from shared.jobs import Job, JobStatus
@@ -54,13 +53,13 @@ CONTENT: dict[str, Any] = {
 
 
 async def transcript_of(state: State, job: Job) -> Transcript:
-    """Of a job that has ended. Raises what it failed with, JobCancelled, StoreUnavailable."""
+    """Of a job that has ended. Raises what it failed with, JobCancelled, JobExpired,
+    StoreUnavailable."""
     if job.status is JobStatus.FAILED:
         raise failure_of(job.error_code, job.error_message)
     if job.status is JobStatus.CANCELLED:
         raise JobCancelled
-    with never_lost():
-        stored = await state.store.transcript(job)
+    stored = await state.store.transcript(job)
     return await asyncio.to_thread(Transcript.model_validate_json, stored)
 
 

@@ -25,6 +25,7 @@ from shared.jobs import Job
 # OpenAI's clients come back after a timeout, at most 8 s later, and send all again.
 RETURN_SECONDS = 10.0
 TIMEOUTS = ("x-stainless-read-timeout", "x-stainless-timeout")  # of a Python client, of others
+LOST = "The job store lost this job. Send it again."
 ROUND_SECONDS = 1.0  # between two looks whether this process is to stop
 
 
@@ -68,7 +69,7 @@ def never_lost() -> Iterator[None]:
     try:
         yield
     except (JobNotFound, JobExpired) as exc:
-        raise StoreUnavailable("The job store lost this job. Send it again.") from exc
+        raise StoreUnavailable(LOST) from exc
 
 
 async def abandon(request: Request, job_id: str, after_seconds: float) -> None:

@@ -128,7 +128,8 @@ async def serve(request: Request, task: Task) -> ASGIApp:
     except ClientDisconnect:
         await abandon(request, job_id, return_seconds)
         return Response(status_code=CLIENT_LEFT)
-    transcript = await transcript_of(state, job)
+    with never_lost():
+        transcript = await transcript_of(state, job)
     response = await asyncio.to_thread(answer, asked, transcript)
     response.headers.update(headers)
     return response

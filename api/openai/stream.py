@@ -17,10 +17,12 @@ from api.errors import status_of
 from api.events import STALLED_SECONDS
 from api.hub import Watch
 from api.openai.answers import languages, transcript_of
-from api.openai.attendance import abandon, never_lost
+from api.openai.attendance import LOST, abandon
 from api.openai.envelope import body_of
 from api.segments import Segments
 from shared.errors import (
+    JobExpired,
+    JobNotFound,
     ServiceError,
     StillRunning,
     StoreUnavailable,
@@ -75,8 +77,7 @@ class TextStream:
         segments = Segments(state_of(self._request).pages)
         try:
             while not changes.is_over:
-                with never_lost():
-                    job = await changes.next(KEEP_ALIVE_SECONDS)
+                job = await changes.next(KEEP_ALIVE_SECONDS)
                 try:
                     if job is None:
                         if not await is_still_admitted(self._request):
@@ -96,6 +97,8 @@ class TextStream:
                     changes.repeat()
             if not changes.has_left:
                 raise StillRunning
+        except (JobNotFound, JobExpired):
+            yield failure(StoreUnavailable(LOST))
         except ServiceError as exc:
             yield failure(exc)
 
