@@ -451,6 +451,19 @@ async def test_what_a_dead_sender_held_another_sends_when_its_lease_has_ended(
     assert (await deliveries.read(job_id, "")).state == "delivered"
 
 
+async def test_what_ended_while_the_clock_was_ahead_is_told_when_it_is_set_back(
+    store, worker, deliveries, settings, receiver, raw
+):
+    job_id = await end(store, worker, receiver.url())
+    ahead = (time.time() + 3600) * 1000
+    for key in (keys.UNDELIVERED, keys.deliveries(receiver.url(""))):
+        raw.zadd(key, {job_id: ahead})
+    raw.zadd(keys.RECEIVERS, {receiver.url(""): ahead})
+    async with senders(settings):
+        await eventually(deliveries, job_id, "delivered", 1)
+    assert len(receiver.received) == 1
+
+
 async def test_a_delivery_whose_senders_die_is_given_up_like_any_other(
     store, worker, deliveries, raw, receiver
 ):
