@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -110,15 +109,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             counted,
         )
         sender = Sender(settings, deliveries, egress_of_webhooks, signer(settings), counted)
-        sending = asyncio.create_task(sender.run())
+        sender.start()
         log.info("api started", extra={"action": "api_started", "auth": settings.auth})
         try:
             yield {DRAIN: hub.drain}
         finally:
             await hub.close()
-            sending.cancel()
-            with suppress(asyncio.CancelledError):
-                await sending
             await sender.stop()
             egress.close()
             egress_of_webhooks.close()

@@ -118,7 +118,8 @@ class Fetcher:
             target = str(url.join(location))
         except httpx2.InvalidURL:
             target = location
-        return self._egress.check("url (redirected)", target, only_https=False)
+        only_https = url.scheme == "https"  # who named it relies on that
+        return self._egress.check("url (redirected)", target, only_https=only_https)
 
     async def _take(self, answer: Answer, path: Path) -> Fetched:
         if answer.status != 200:

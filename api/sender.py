@@ -65,11 +65,26 @@ class Sender:
         self._pauses = parse_pauses(settings.webhook_retry_seconds)
         self._sending: dict[asyncio.Task[None], Delivery] = {}
         self._to: Counter[str] = Counter()  # receiver -> how many are being sent to it
-        self._one_ended = asyncio.Event()
+        self._wake = asyncio.Event()  # one has ended, or all is to
+        self._is_stopping = False
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
+    def start(self) -> None:
+        self._running = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """What is under way has a moment to end; the rest is given back."""
+        self._is_stopping = True  # not cancelled: redis-py can lose that on Python 3.11
+        self._wake.set()
+        await self._running
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=STOP_SECONDS)
+        for task in self._sending:
+            task.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while not self._is_stopping:
+            self._wake.clear()
             pause_seconds = POLL_SECONDS
             try:
                 claimed = await self._claim()
@@ -81,17 +96,8 @@ class Sender:
             for delivery in claimed:
                 self._begin(delivery)
             if not claimed:
-                self._one_ended.clear()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._one_ended.wait(), pause_seconds)
-
-    async def stop(self) -> None:
-        """What is under way has a moment to end; the rest is given back."""
-        if self._sending:
-            await asyncio.wait(self._sending, timeout=STOP_SECONDS)
-        for task in self._sending:
-            task.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+                    await asyncio.wait_for(self._wake.wait(), pause_seconds)
 
     async def _claim(self) -> list[Delivery]:
         free = AT_A_TIME - len(self._sending)
@@ -109,7 +115,7 @@ class Sender:
         self._to[receiver] -= 1
         if not self._to[receiver]:
             del self._to[receiver]
-        self._one_ended.set()
+        self._wake.set()
 
     async def _deliver(self, delivery: Delivery) -> None:
         until = time.monotonic() + self._store.lease_seconds

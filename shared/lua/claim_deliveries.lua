@@ -25,6 +25,14 @@ local function take(receiver, id)
   return {id, receiver, record, number, tries}
 end
 
+-- Nothing began later than now, unless the clock was set back: then it begins now.
+local future = redis.call('ZRANGEBYSCORE', UNDELIVERED, '(' .. digits(now), '+inf', 'LIMIT', 0, 100)
+for _, id in ipairs(future) do
+  redis.call('ZADD', UNDELIVERED, digits(now), id)
+  local url = redis.call('HGET', job(id), 'webhook_url')
+  if url then deliver_at(receiver_of(url), id, now) end
+end
+
 local claimed = {}
 local due = redis.call('ZRANGEBYSCORE', RECEIVERS, '-inf', digits(now), 'LIMIT', 0, wanted + #ARGV)
 for _, receiver in ipairs(due) do

@@ -80,6 +80,7 @@ class Job:
     source: Source
     vad_filter: bool
     content: bytes
+    number: int = 0
     is_poison: bool = False  # it is meant to fail with worker_lost
     sent_at: float = field(default_factory=time.monotonic)
     job_id: str = ""
@@ -88,10 +89,17 @@ class Job:
     ended_at: float = 0.0
     end: str = ""  # right | wrong | failed
     words: str = ""  # what came back where it is not right
+    told: list[tuple[str, str]] = field(default_factory=list)  # its webhook: job id, type of event
 
     @property
     def is_open(self) -> bool:
         return bool(self.accepted_at) and not self.ended_at
+
+    @property
+    def is_told(self) -> bool:
+        """Of the end that it came to."""
+        kind = "failed" if self.is_poison else "completed"
+        return (self.job_id, f"transcription.{kind}") in self.told
 
 
 class Ledger:
@@ -100,18 +108,23 @@ class Ledger:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.calm: dict[tuple[str, bool], str] = {}  # the texts while nothing is broken
+        self.tell: Callable[[Job], str] | None = None  # where a job's end is to be told
         self._lock = threading.Lock()
 
     def begin(self, source: Source, *, vad_filter: bool, is_poison: bool = False) -> Job:
         with self._lock:
-            number = len(self.jobs).to_bytes(4, "little")
-            content = source.wav + b"note\x04\x00\x00\x00" + number
-            job = Job(source, vad_filter, content, is_poison)
+            number = len(self.jobs)
+            content = source.wav + b"note\x04\x00\x00\x00" + number.to_bytes(4, "little")
+            job = Job(source, vad_filter, content, number, is_poison)
             self.jobs.append(job)
         return job
 
     def open_jobs(self) -> list[Job]:
         return [job for job in list(self.jobs) if job.is_open]
+
+    def untold(self) -> list[Job]:
+        """Jobs that have ended right, and their webhooks know nothing of it."""
+        return [job for job in list(self.jobs) if job.end == "right" and not job.is_told]
 
     def learn(self, user: User, sources: Iterable[Source]) -> None:
         """The text of every recording while nothing is broken: it is the known one, or near enough
@@ -155,11 +168,12 @@ class User:
 
     def send(self, job: Job) -> bool:
         """False: it was not accepted, or the answer got lost."""
+        fields = job.source.fields(vad_filter=job.vad_filter)
+        if self.ledger.tell:
+            fields["webhook_url"] = self.ledger.tell(job)
         try:
             answer = self._http.post(
-                "/transcribe",
-                files={"file": ("a.wav", job.content)},
-                data=job.source.fields(vad_filter=job.vad_filter),
+                "/transcribe", files={"file": ("a.wav", job.content)}, data=fields
             )
             body = answer.json()
         except (httpx2.TransportError, ValueError) as exc:

@@ -25,6 +25,8 @@ COLUMNS = (
     "run again",
     "written twice",
     "refused late",
+    "not told",
+    "told again",
     "recovery s",
 )
 
@@ -61,6 +63,8 @@ class Row:
     run_again: int = 0
     written_twice: int = 0
     refused_late: int = 0
+    not_told: int = 0
+    told_again: int = 0
     recovery: float = 0.0
 
     def add(self, other: Row) -> None:
@@ -130,11 +134,13 @@ def rows(rounds: Sequence[Round], jobs: Iterable[Job], log: Path, rollbacks: Any
     for job in jobs:
         row = of(begins, job.sent_at)
         row.sent += 1
+        row.told_again += max(0, len(job.told) - 1)
         if job.accepted_at:
             row.accepted += 1
             row.lost += not job.ended_at
             if job.ended_at:
                 setattr(row, job.end, getattr(row, job.end) + 1)
+                row.not_told += job.end == "right" and not job.is_told
     works, refusals = works_of(log)
     for at in refusals:
         of(begins_at, at).refused_late += 1

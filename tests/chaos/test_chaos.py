@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from local.processes import CannotRun
 from tests.chaos.faults import FAULTS, Chaos, Fault
 from tests.chaos.ledger import Crowd, Job, Ledger, User, clips, recording
+from tests.chaos.listener import SETTINGS, Listener
 from tests.chaos.report import Round, Row, by_kind, rows, table
 from tests.chaos.world import LEASE_SECONDS, World
 from tests.conftest import wait_until
@@ -23,11 +25,13 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
 RECOVERY_SECONDS = LEASE_SECONDS + 10
 LOST_SECONDS = 90  # after a fault: then a job that is not done is lost
+TOLD_SECONDS = 30  # after the last job: a sender's lease and some pauses
 SWEPT_SECONDS = 100  # after the last job: then nothing of it is on the disk
 
 
 def test_nothing_is_lost_wrong_or_written_twice(tmp_path: Path) -> None:
-    """Whatever breaks: each accepted upload ends once, with its text, soon after."""
+    """Whatever breaks: each accepted upload ends once, with its text, soon after, and its webhook
+    is told."""
     seed = int(os.environ.get("SEED") or random.SystemRandom().randrange(10**6))
     seconds = float(os.environ.get("SECONDS") or 300)
     chosen = os.environ.get("FAULTS", "")
@@ -36,7 +40,7 @@ def test_nothing_is_lost_wrong_or_written_twice(tmp_path: Path) -> None:
     )
     chance = random.Random(seed)
     ledger = Ledger()
-    with World(tmp_path) as world:
+    with Listener(ledger, seed) as listener, World(tmp_path, SETTINGS) as world:
         long = recording()
         chaos = Chaos(world, chance, ledger, long, [])
         for what, why in world.missing.items():
@@ -52,11 +56,14 @@ def test_nothing_is_lost_wrong_or_written_twice(tmp_path: Path) -> None:
                 rounds.append(play(each, chaos))
             crowd.stop()
             wait_for(ledger.open_jobs())
+        with suppress(pytest.fail.Exception):  # the table shows it
+            wait_until(lambda: not ledger.untold(), TOLD_SECONDS, "webhooks are told")
         found = rows(rounds, ledger.jobs, world.log, chaos.rollbacks)
         kinds = by_kind(found)
         print("\n" + table(kinds))
         tell(ledger, rounds)
-        problems = [*world.violations, *broken(kinds[-1]), *left_behind(world)]
+        problems = [*world.violations, *listener.violations]
+        problems += [*broken(kinds[-1]), *left_behind(world)]
     print("\n".join(f"BROKEN: {problem}" for problem in problems) or "Every promise was kept.")
     assert not problems
 
@@ -105,7 +112,7 @@ def wait_for(jobs: Collection[Job]) -> None:
 
 def broken(total: Row) -> list[str]:
     """The promises that the table shows broken."""
-    promises = ("wrong", "failed", "lost", "written_twice")
+    promises = ("wrong", "failed", "lost", "written_twice", "not_told")
     found = [f"{number} {name}" for name in promises if (number := getattr(total, name))]
     if total.recovery > RECOVERY_SECONDS:
         found.append(f"a recovery took {total.recovery:.1f} s, more than {RECOVERY_SECONDS}")

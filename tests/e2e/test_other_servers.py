@@ -3,13 +3,17 @@ fetches recordings from. Whole services, real receivers on loopback."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
 
 import httpx2
 import pytest
@@ -24,6 +28,7 @@ from tests.receiver import Canary, Receiver, Reply
 
 SETTINGS = {
     "egress_allow": "127.0.0.1",
+    "list_jobs": "true",
     "webhook_timeout_seconds": "1",
     "webhook_retry_seconds": ",".join(["0.5"] * 20),
 }
@@ -120,7 +125,7 @@ def test_a_job_that_has_ended_is_told_signed_and_its_links_lead_to_the_result(
     assert metric(page, "whisper_webhooks_pending") == 0
 
 
-def test_failed_and_cancelled_jobs_are_told_too(client, receiver, tmp_path):
+def test_failed_and_cancelled_jobs_are_told_too(service, client, receiver, tmp_path):
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"\0" * 5000)
     failed = client.submit(broken, webhook_url=receiver.url())["job_id"]
@@ -134,6 +139,127 @@ def test_failed_and_cancelled_jobs_are_told_too(client, receiver, tmp_path):
     first, second = receiver.received
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
     assert first.body == second.body
+    service.kill("worker", signal.SIGSTOP)
+    fox = variant(tmp_path / "fox.wav", 3)
+    cancelled = client.submit(fox, webhook_url=receiver.url())["job_id"]
+    client.http.delete(f"/jobs/{cancelled}")
+    service.kill("worker", signal.SIGCONT)
+    told(client, cancelled)
+    assert json.loads(receiver.received[2].body)["type"] == "transcription.cancelled"
+    client.http.delete(f"/jobs/{cancelled}")  # now it is erased
+    assert client.http.get(f"/jobs/{cancelled}/webhook").json()["code"] == "job_not_found"
+
+
+def test_however_a_job_came_its_webhook_is_told_once(client, shop, receiver, tmp_path):
+    """And nobody but the receiver gets to see the address."""
+    fox = variant(tmp_path / "fox.wav", 4)
+    token = "canary-of-an-address"
+    hook, content = {"webhook_url": receiver.url(f"/{token}?{token}")}, fox.read_bytes()
+
+    def post(path: str, **request: Any) -> httpx2.Response:
+        answer = client.http.post(path, **request)
+        assert answer.status_code in {200, 202}, answer.text
+        return answer
+
+    parts = [("file", ("a.wav", content)), ("file", ("b.wav", FOX.read_bytes()))]
+    batch = post("/batches", files=parts, data=hook).json()
+    known = batch["jobs"][0]["job"]["job_id"]
+    client.wait(known)
+    by_digest = {"sha256": hashlib.sha256(content).hexdigest(), **hook}
+    named = {"url": shop.url(f"/{token}"), "metadata": {"a": 1}, "priority": "high", **hook}
+    with_key = {"headers": {"Idempotency-Key": "k"}, "files": {"file": content}, "data": hook}
+    by_key, replayed = (post("/transcribe", **with_key).json() for _ in range(2))
+    waited = {"files": {"file": ("a.wav", content)}, "data": {"model": "whisper-1", **hook}}
+    ids = [
+        *(each["job"]["job_id"] for each in batch["jobs"]),
+        client.submit(fox, **hook)["job_id"],  # answered from the cache
+        post("/transcribe/by-digest", json=by_digest).json()["job_id"],
+        by_key["job_id"],
+        post("/transcribe", json=named).json()["job_id"],
+        post("/v1/audio/transcriptions", **waited).headers["X-Job-Id"],
+    ]
+    assert replayed["job_id"] == by_key["job_id"]
+    for job_id in ids:
+        told(client, job_id)
+    events = {}
+    for request in receiver.received:
+        assert request.path == f"/{token}?{token}"
+        event = json.loads(request.body)
+        assert event["type"] == "transcription.completed"
+        events[event["data"]["job_id"]] = event["data"]
+    assert sorted(events) == sorted(ids)
+    assert len(receiver.received) == len(ids)
+    assert events[ids[5]]["metadata"] == {"a": 1}
+    answer = client.http.get("/jobs", params={"limit": 50})
+    assert answer.status_code == 200, answer.text
+    listed = answer.json()["jobs"]
+    shown = {job["job_id"]: job for job in listed}
+    assert shown.keys() >= set(ids)
+    assert (shown[ids[5]]["metadata"], shown[ids[5]]["priority"]) == ({"a": 1}, "high")
+    seen = [client.http.get(f"/{path}").text for path in ("jobs?limit=50", "metrics", "stats")]
+    seen += [
+        client.http.get(f"/{p}").text for i in ids for p in (f"status/{i}", f"jobs/{i}/webhook")
+    ]
+    assert not any(token in text for text in seen)
+
+
+def test_what_receivers_do_and_what_becomes_of_it(client, tmp_path):
+    """Down, slow, failing, refusing, leading elsewhere: all at once; none delays another."""
+    tested, began = threading.Event(), time.monotonic()
+    with (
+        Receiver() as fine,
+        Receiver(Reply(after=tested.wait), Reply()) as slow,
+        Receiver(Reply(500), Reply(503, {"Retry-After": "1"}), Reply()) as failing,
+        Receiver(Reply(404)) as refusing,
+        Canary("127.0.0.2") as inside,
+        Receiver(Reply(307, {"Location": f"http://127.0.0.2:{inside.port}/"})) as leading,
+    ):
+        port = free_port()
+        urls = {
+            "fine": fine.url(),
+            "down, then up": f"http://127.0.0.1:{port}/hook",
+            "slow once": slow.url(),
+            "500, 503, 200": failing.url(),
+            "404": refusing.url(),
+            "redirect to loopback": leading.url(),
+        }
+        jobs = {
+            name: client.submit(FOX, webhook_url=url, language="en")["job_id"]
+            for name, url in urls.items()
+        }
+        wait_until(lambda: len(webhook(client, jobs["down, then up"])["attempts"]) >= 2, 20)
+        with Receiver(port=port):
+            seen = {
+                name: told(client, job_id, "failed" if name == "404" else "delivered", 20)
+                for name, job_id in jobs.items()
+                if name != "redirect to loopback"
+            }
+        tested.set()
+        away = "redirect to loopback"
+        wait_until(lambda: len(webhook(client, jobs[away])["attempts"]) >= 3, 20)
+        seen[away] = webhook(client, jobs[away])
+        client.http.delete(f"/jobs/{jobs[away]}")  # enough
+    rows = {name: (each["state"], *said(each)) for name, each in seen.items()}
+    print(f"\n{'receiver':<22}{'state':<11}{'after s':<9}attempts")
+    for name, (state, *attempts) in rows.items():
+        first, last = (datetime.fromisoformat(seen[name]["attempts"][n]["at"]) for n in (0, -1))
+        print(f"{name:<22}{state:<11}{(last - first).total_seconds():<9.1f}{', '.join(attempts)}")
+    print(f"all in {time.monotonic() - began:.1f} s")
+    assert rows["fine"] == ("delivered", "200")
+    assert rows["slow once"] == ("delivered", "timeout", "200")
+    assert rows["500, 503, 200"] == ("delivered", "500", "503", "200")
+    assert rows["404"] == ("failed", "404")
+    state, *attempts, last = rows["down, then up"]
+    assert (state, set(attempts), last) == ("delivered", {"connection"}, "200")
+    state, *attempts = rows[away]
+    assert state == "pending"
+    assert set(attempts) <= {"307", "interrupted"}
+    assert inside.accepted == 0
+
+
+def said(delivery: dict) -> list[str]:
+    """Of each attempt, the status or why there is none."""
+    return [str(each["status_code"] or each["error"]) for each in delivery["attempts"]]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,17 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+import httpx2
 import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
 
 from api import fetch as fetching
 from api.admission import Admission
-from api.egress import Egress
+from api.egress import Answer, Egress
 from api.fetch import Fetcher
 from api.store import JobStore
 from shared.broker import celery_app
@@ -144,6 +145,18 @@ async def test_each_redirect_is_checked_like_the_address_itself(fetcher, tmp_pat
                 await fetcher.fetch(server.url(), tmp_path / "audio.part")
             assert len(server.received) == 1
         assert canary.accepted == 0
+
+
+async def test_a_redirect_does_not_lead_from_https_to_http(fetcher):
+    """What is fetched would be what anybody on the way makes of it."""
+    there = {"location": "http://example.org/a.mp3"}
+    for scheme, is_refused in (("https", True), ("http", False)):
+        with pytest.raises(UrlNotAllowed) if is_refused else nullcontext():
+            fetcher._next(httpx2.URL(f"{scheme}://example.org/"), Answer(302, there, no_body()))
+
+
+async def no_body():
+    yield b""
 
 
 async def test_redirects_have_an_end(fetcher, tmp_path):
