@@ -22,7 +22,7 @@ from api.access import caller_of
 from api.dependencies import state_of
 from api.errors import answers
 from api.forms import form_schema, options_of
-from api.intake import Arrival, Place, announced_bytes, place_for, refusing, submit
+from api.intake import REFUSALS, Arrival, Place, announced_bytes, place_for, refusing, submit
 from api.jobs import end
 from api.lists import views
 from api.status import poll_after_seconds
@@ -35,22 +35,11 @@ from api.uploads import (
     receive_files,
 )
 from shared.errors import (
-    AudioMinutesUsed,
     BatchNotFound,
     BatchTooLarge,
-    IdempotencyConflict,
-    InvalidField,
     JobNotFound,
-    MalformedUpload,
-    MissingFile,
-    QueueFull,
     ServiceError,
-    StorageFull,
-    StoreFull,
     StoreUnavailable,
-    TooManyJobs,
-    UploadTooSlow,
-    UrlNotAllowed,
 )
 from shared.jobs import Job, JobStatus
 from shared.metrics import REJECTIONS
@@ -83,21 +72,7 @@ def batch_schema() -> dict[str, Any]:
     status_code=202,
     response_model=BatchAccepted,
     summary="Submit many recordings",
-    responses=answers(
-        MalformedUpload,
-        UploadTooSlow,
-        BatchTooLarge,
-        MissingFile,
-        InvalidField,
-        UrlNotAllowed,
-        IdempotencyConflict,
-        StoreUnavailable,
-        StoreFull,
-        QueueFull,
-        TooManyJobs,
-        AudioMinutesUsed,
-        StorageFull,
-    ),
+    responses=answers(*REFUSALS, BatchTooLarge),
     openapi_extra={
         "parameters": [idempotency.PARAMETER],
         "requestBody": {

@@ -27,12 +27,24 @@ from api.egress import Egress
 from api.store import Submission
 from api.uploads import FORM_OVERHEAD_BYTES, too_large
 from shared.errors import (
+    AudioMinutesUsed,
     DigestUnknown,
+    EmptyFile,
+    FileTooLarge,
+    IdempotencyConflict,
+    InvalidField,
     MalformedUpload,
+    MissingFile,
+    NotAudio,
+    QueueFull,
     ServiceError,
     StorageFull,
+    StoreFull,
     StoreUnavailable,
+    TooManyJobs,
     Unavailable,
+    UploadTooSlow,
+    UrlNotAllowed,
 )
 from shared.job_options import JobOptions
 from shared.jobs import JobStatus
@@ -50,6 +62,24 @@ MESSAGES = {
     "hit": "The same file was transcribed before; the result is ready",
     "replayed": "The same request, with the same Idempotency-Key, was accepted before as this job",
 }
+
+REFUSALS = (  # what can be wrong with an upload, or in its way
+    MalformedUpload,
+    UploadTooSlow,
+    FileTooLarge,
+    NotAudio,
+    MissingFile,
+    EmptyFile,
+    InvalidField,
+    UrlNotAllowed,
+    IdempotencyConflict,
+    StoreUnavailable,
+    StoreFull,
+    QueueFull,
+    TooManyJobs,
+    AudioMinutesUsed,
+    StorageFull,
+)
 
 
 @dataclass(frozen=True)

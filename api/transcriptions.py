@@ -12,26 +12,13 @@ from api.dependencies import state_of
 from api.errors import answers
 from api.fetch import Fetched
 from api.forms import body_schemas, options_of, read_fields
-from api.intake import Arrival, announced_bytes, show, take_in, with_checked_webhook
+from api.intake import REFUSALS, Arrival, announced_bytes, show, take_in, with_checked_webhook
 from api.uploads import Judge, Upload, once, receive
 from shared.errors import (
-    AudioMinutesUsed,
-    EmptyFile,
-    FileTooLarge,
-    IdempotencyConflict,
     InvalidField,
     MalformedBody,
-    MalformedUpload,
     MissingFile,
-    NotAudio,
-    QueueFull,
-    StorageFull,
-    StoreFull,
-    StoreUnavailable,
     TooManyFetches,
-    TooManyJobs,
-    UploadTooSlow,
-    UrlNotAllowed,
     UrlStatus,
     UrlTooSlow,
     UrlUnreachable,
@@ -40,23 +27,6 @@ from shared.schemas import JobAccepted
 
 router = APIRouter(tags=["transcription"])
 
-REFUSALS = (  # what can be wrong with an upload, or in its way
-    MalformedUpload,
-    UploadTooSlow,
-    FileTooLarge,
-    NotAudio,
-    MissingFile,
-    EmptyFile,
-    InvalidField,
-    UrlNotAllowed,
-    IdempotencyConflict,
-    StoreUnavailable,
-    StoreFull,
-    QueueFull,
-    TooManyJobs,
-    AudioMinutesUsed,
-    StorageFull,
-)
 WITHOUT_FILE = frozenset(body_schemas()) - {"multipart/form-data"}
 
 

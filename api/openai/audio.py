@@ -21,7 +21,7 @@ from api.admission import READ_ANYWAY_BYTES
 from api.bare import Bare
 from api.dependencies import state_of
 from api.errors import answers
-from api.intake import Arrival, announced_bytes, take_in
+from api.intake import REFUSALS, Arrival, announced_bytes, take_in
 from api.middleware import WAITS
 from api.openai import fields
 from api.openai.answers import ANSWER, CONTENT, answer, transcript_of
@@ -35,7 +35,7 @@ from api.openai.attendance import (
 )
 from api.openai.fields import Asked
 from api.openai.stream import TextStream
-from api.transcriptions import REFUSALS, uploaded
+from api.transcriptions import uploaded
 from api.uploads import Field
 from shared.errors import (
     JobCancelled,

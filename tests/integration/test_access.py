@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -15,9 +14,8 @@ import pytest_asyncio
 import redis
 
 from api.key_store import ApiKey, KeyStore, Scope, make
-from api.store import JobStore, Limits, connect
+from api.store import Limits, connect
 from shared import keys
-from shared.broker import celery_app
 from shared.errors import AudioMinutesUsed, JobNotFound, TooManyJobs
 from shared.jobs import JobStatus
 from shared.settings import Settings
@@ -45,20 +43,6 @@ async def ring(settings: Settings, raw: redis.Redis):
     store = KeyStore(connect(settings))
     yield store
     await store.close()
-
-
-@pytest_asyncio.fixture
-async def store(settings: Settings):
-    store = JobStore(settings, celery_app(settings.redis_url.get_secret_value()))
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 def run(worker: WorkerStore, seconds: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from uuid import uuid4
 
@@ -20,29 +20,13 @@ from api.notices import lone_connection
 from api.protocol import Connection
 from api.store import JobStore
 from shared import keys
-from shared.broker import celery_app
 from shared.errors import JobNotFound, StoreUnavailable, TooManyWaiters
 from shared.jobs import Job, JobStatus
 from shared.metrics import ApiMetrics
 from shared.settings import Settings
 from tests.integration.test_job_store import complete, end_lease, manifest
-from worker.store import WorkerStore
 
 SOON = 5.0
-
-
-@pytest_asyncio.fixture
-async def store(settings: Settings):
-    store = JobStore(settings, celery_app(settings.redis_url.get_secret_value()))
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 @pytest.fixture

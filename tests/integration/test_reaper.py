@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -21,13 +21,6 @@ from worker.store import WorkerStore
 @pytest.fixture
 def storage(settings: Settings) -> Storage:
     return Storage(settings.data_dir)
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 @pytest.fixture

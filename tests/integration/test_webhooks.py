@@ -26,7 +26,6 @@ from api.sender import Sender, retry_after_seconds, verdict
 from api.signing import Signer, signer
 from api.store import JobStore, connect
 from shared import keys
-from shared.broker import celery_app
 from shared.destinations import Destinations
 from shared.errors import (
     JobNotFound,
@@ -56,24 +55,10 @@ def settings(settings: Settings) -> Settings:
 
 
 @pytest_asyncio.fixture
-async def store(settings: Settings):
-    store = JobStore(settings, celery_app(settings.redis_url.get_secret_value()))
-    yield store
-    await store.close()
-
-
-@pytest_asyncio.fixture
 async def deliveries(settings: Settings):
     store = DeliveryStore(settings, connect(settings))
     yield store
     await store.close()
-
-
-@pytest.fixture
-def worker(settings: Settings) -> Iterator[WorkerStore]:
-    store = WorkerStore(settings, celery_app(settings.redis_url.get_secret_value()), "worker-1")
-    yield store
-    store.close()
 
 
 @pytest.fixture
