@@ -124,10 +124,10 @@ def test_origins_are_taken_as_they_are(origins):
 def test_the_document_asks_for_keys_only_where_the_service_does():
     from fastapi import FastAPI
 
-    from api import jobs, monitoring, transcriptions
+    from api import monitoring, status, transcriptions
 
     app = FastAPI()
-    for part in (jobs, monitoring, transcriptions):
+    for part in (monitoring, status, transcriptions):
         app.include_router(part.router)
     guarded = openapi(app, Auth.KEYS)
     assert set(guarded["components"]["securitySchemes"]) == {"bearer", "header"}
