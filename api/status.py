@@ -31,6 +31,7 @@ from shared.schemas import Failure, JobView
 
 router = APIRouter(tags=["jobs"], route_class=Bare)
 
+ANY = "*"
 MOST_SECONDS = 60  # that a request may wait; nginx waits longer than this for an answer
 
 JOB_ID: dict[str, Any] = {
@@ -86,7 +87,7 @@ async def status(request: Request) -> Response:
     headers = {"Cache-Control": "no-store", "ETag": f'W/"{tag(job)}"'}
     if not job.status.is_terminal:
         headers["Retry-After"] = str(poll_after_seconds(job))
-    if tag(job) in known:
+    if tag(job) in known or ANY in known:
         return Response(status_code=304, headers=headers)
     look = await state.admission.look() if job.queue_position else None
     body = view(job, look).model_dump_json()
@@ -114,8 +115,9 @@ def wait_of(request: Request) -> float:
 
 
 def known_tags(request: Request) -> tuple[str, ...]:
-    """Those that the client has an answer with."""
-    return tuple(re.findall(r'"([^"]*)"', request.headers.get("if-none-match", "")))
+    """Those that the client has an answer with; ANY for whatever there is."""
+    given = request.headers.get("if-none-match", "")
+    return (ANY,) if given.strip() == ANY else tuple(re.findall(r'"([^"]*)"', given))
 
 
 def tag(job: Job) -> str:
