@@ -56,6 +56,8 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.MediaError: 422,
     errors.ServiceError: 500,
 }
+# OpenAI's clients send again what is answered by 409 or 5xx, unless they are told not to.
+IN_VAIN = (errors.TranscriptionError, errors.JobCancelled, errors.IdempotencyConflict)
 DEFAULT_RETRY_AFTER_SECONDS = 5
 PROBLEM_TYPE = "application/problem+json"
 
@@ -112,8 +114,8 @@ async def service_error(request: Request, exc: Exception) -> Response:
         headers["Retry-After"] = str(exc.retry_after_seconds or DEFAULT_RETRY_AFTER_SECONDS)
     if isinstance(exc, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(exc, errors.TranscriptionError | errors.JobCancelled):
-        headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and to no avail
+    if isinstance(exc, IN_VAIN):
+        headers["X-Should-Retry"] = "false"
     fields = None
     if isinstance(exc, errors.InvalidField):
         fields = [FieldProblem(field=field, message=text) for field, text in exc.errors]

@@ -43,6 +43,7 @@ STALLED_SECONDS = 30.0  # nginx's own figure: a client that takes nothing for so
 MISSING_SECONDS = 60.0  # a job that the store has lost is back within this
 BEGINNINGS = {JobStatus.QUEUED: "queued", JobStatus.PROCESSING: "started"}
 ENDS = frozenset(status for status in JobStatus if status.is_terminal)
+NEW = "new"  # nothing was told of the status yet
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -54,7 +55,7 @@ HEARTBEAT = b":\n\n"
 class Mark(NamedTuple):
     """What a stream has told: the id of its last event."""
 
-    status: str = "new"
+    status: str = NEW
     run: int = 0  # which one: when it began, in ms
     progress: int = 0  # in 1/10,000
     segments: int = 0
@@ -71,8 +72,8 @@ class Mark(NamedTuple):
         """'': the beginning. Raises InvalidField."""
         if not text:
             return cls()
-        found = re.fullmatch(r"([a-z]{1,16})-(\d{1,16})-(\d{1,5})-(\d{1,9})", text)
-        if found is None:
+        found = re.fullmatch(r"([a-z]{1,16})-([0-9]{1,16})-([0-9]{1,5})-([0-9]{1,9})", text)
+        if found is None or found[1] not in {NEW, *JobStatus}:
             raise InvalidField([("Last-Event-ID", "is the id of no event here; leave it out")])
         return cls(found[1], *map(int, found.groups()[1:]))
 
@@ -98,7 +99,7 @@ class Story:
             self.mark = self.mark._replace(progress=progress)
             yield self._event("progress", json.dumps({"progress": job.progress}))
         if job.status.is_terminal and job.status != self.mark.status:
-            self.mark = self.mark._replace(status=job.status)
+            self.mark = Mark(job.status, run, progress, self.mark.segments)
             yield self._event(job.status, view(job).model_dump_json())
 
     def _event(self, name: str, data: str) -> bytes:
@@ -116,6 +117,7 @@ class EventStream:
         self._changes = state.hub.watch(job, sees, "events", self._connection)
         self._story = Story(mark, Segments(state.pages, mark.segments))
         self._unsent = bytearray()
+        self._beat = 0.0  # when the next heartbeat is due
         self._missing_since: float | None = None
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
@@ -123,16 +125,18 @@ class EventStream:
         async with self._changes as changes:
             await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
             self._unsent += b"retry: %d\n\n" % random.randint(*RECONNECT_MS)
+            self._beat = time.monotonic() + HEARTBEAT_SECONDS
             try:
                 while not changes.is_over:
                     await self._write(send)
                     try:
-                        if job := await changes.next(HEARTBEAT_SECONDS):
+                        if job := await changes.next(self._beat - time.monotonic()):
                             self._missing_since = None
                             await self._tell(job, send)
                             del job  # it would be kept until there is another
                         elif await self._goes_on():
                             self._unsent += HEARTBEAT
+                            self._beat = time.monotonic() + HEARTBEAT_SECONDS
                         else:
                             break
                     except JobNotFound:

@@ -92,12 +92,15 @@ class Notices:
 
     async def _write(self, connection: AbstractConnection) -> None:
         """Whatever ends this ends the connection, and so the reading."""
+        clock = asyncio.get_running_loop().time
+        ping = clock() + PING_SECONDS
         try:
             while True:
                 try:
-                    await asyncio.wait_for(self._has_changed.wait(), PING_SECONDS)
+                    await asyncio.wait_for(self._has_changed.wait(), ping - clock())
                 except TimeoutError:
                     await connection.send_command("PING", check_health=False)
+                    ping = clock() + PING_SECONDS
                 self._has_changed.clear()
                 while self._changed:
                     some = set(islice(self._changed, AT_ONCE))

@@ -59,7 +59,7 @@ def queue_of(stage: Stage, jobs: int) -> Iterator[Queue]:
     }
     with stage.service(**settings) as client:
         done = client.submit(file, webhook_url="http://127.0.0.1:9/nobody")
-        client.text(done, 0.1)
+        client.text(done)
         client.service.kill("worker", signal.SIGKILL)
         client.service.popen("worker").wait()
         waiting = fill(client, jobs)

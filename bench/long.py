@@ -23,7 +23,7 @@ def two_workers(stage: Stage, seconds: float = 1800) -> Measured:
 
         def work(name: str, client: Client) -> None:
             job = client.submit(file, language="en", vad_filter="true")
-            texts[name] = client.text(job, 0.5)  # asking often takes time of both cores
+            texts[name] = client.text(job)
 
         measured = compare(
             timed("1 worker", lambda: work("one", one), one.pids),

@@ -213,8 +213,7 @@ class Client:
     def transcribe(self, files: list[Path], **options: str) -> list[str]:
         """All at once, as users would; returns when the last one is done."""
         jobs = [self.submit(file, **options) for file in files]
-        pause = 0.02 if len(files) == 1 else 0.2  # asking often would take the cores' time
-        return [self.text(job, pause) for job in jobs]
+        return [self.text(job) for job in jobs]
 
     def submit(self, file: Path, **options: str) -> str:
         """In other bytes each time (a note after the sound), or it would be a cache hit."""
@@ -226,13 +225,14 @@ class Client:
         assert answer.status_code == 202, answer.text
         return str(answer.json()["job_id"])
 
-    def status(self, job: str) -> str:
-        return str(self._http.get(f"/status/{job}").json()["status"])
+    def status(self, job: str, wait: float = 0) -> str:
+        """`wait`: for its end, so many seconds at most."""
+        return str(self._http.get(f"/status/{job}", params={"wait": wait}).json()["status"])
 
-    def text(self, job: str, pause: float) -> str:
+    def text(self, job: str) -> str:
         """Waits until there is one."""
-        while self.status(job) in {"queued", "processing"}:
-            time.sleep(pause)
+        while self.status(job, wait=30) in {"queued", "processing"}:
+            pass
         return str(self._http.get(f"/result/{job}").json()["text"])
 
     def cancel(self, job: str) -> None:

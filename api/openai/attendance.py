@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from api import idempotency
 from api.access import caller_of
 from api.dependencies import connection_of, state_of
 from api.jobs import end
@@ -26,6 +26,7 @@ from shared.jobs import Job
 RETURN_SECONDS = 10.0
 TIMEOUTS = ("x-stainless-read-timeout", "x-stainless-timeout")  # of a Python client, of others
 LOST = "The job store lost this job. Send it again."
+ROUND_SECONDS = 1.0  # between two looks whether this process is to stop
 
 
 def timeout_of(request: Request) -> float:
@@ -51,11 +52,9 @@ async def ended(request: Request, job_id: str) -> Job:
     StoreUnavailable."""
     state, connection = state_of(request), connection_of(request)
     sees = caller_of(request).sees
-    try:
-        seconds = state.settings.max_wait_seconds
+    seconds = state.settings.max_wait_seconds
+    with never_lost():
         job = await state.hub.until_ended(job_id, sees, "openai", connection, seconds)
-    except (JobNotFound, JobExpired) as exc:
-        raise StoreUnavailable(LOST) from exc
     if job.status.is_terminal:
         return job
     if connection.is_lost:
@@ -63,12 +62,27 @@ async def ended(request: Request, job_id: str) -> Job:
     raise StillRunning(retry_after_seconds=1)
 
 
+@contextmanager
+def never_lost() -> Iterator[None]:
+    """Whoever waits has sent the job: that it is gone is no mistake of the caller's. Raises
+    StoreUnavailable."""
+    try:
+        yield
+    except (JobNotFound, JobExpired) as exc:
+        raise StoreUnavailable(LOST) from exc
+
+
 async def abandon(request: Request, job_id: str, after_seconds: float) -> None:
     """The job's caller has left. Unless the job ends meanwhile, it is cancelled after that time, in
-    which the caller may come back: what another job waits for goes on. With an Idempotency-Key it
-    is the same job that it comes back to, whenever that may be."""
-    if idempotency.HEADER in request.headers:
+    which the caller may come back: what another job waits for goes on. So does a job whose time is
+    infinite, and that of a process which is to stop: its caller may be on the way to another."""
+    if after_seconds == math.inf:
         return
-    await asyncio.sleep(after_seconds)
+    hub, clock = state_of(request).hub, asyncio.get_running_loop().time
+    until = clock() + after_seconds
+    while (left := until - clock()) > 0:
+        if hub.is_draining:
+            return
+        await asyncio.sleep(min(ROUND_SECONDS, left))
     with suppress(JobEndedAlready, JobNotFound, StoreUnavailable):
         await end(request, job_id, erases=False)

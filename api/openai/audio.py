@@ -30,6 +30,7 @@ from api.openai.attendance import (
     abandon,
     ended,
     is_repeated,
+    never_lost,
     timeout_of,
 )
 from api.openai.fields import Asked
@@ -41,10 +42,12 @@ from shared.errors import (
     MediaError,
     ModelNotFound,
     StillRunning,
+    TooManyWaiters,
     TranscriptionError,
     WaitTooLong,
 )
 from shared.options import Task
+from shared.schemas import JobAccepted
 
 router = APIRouter(tags=["openai"], route_class=Bare)
 CLIENT_LEFT = 499  # nginx's word for it; nobody reads it
@@ -74,6 +77,7 @@ ENDPOINT: dict[str, Any] = {
             JobCancelled,
             TranscriptionError,
             WaitTooLong,
+            TooManyWaiters,
             StillRunning,
         ),
     },
@@ -102,31 +106,37 @@ async def translations(request: Request) -> ASGIApp:
 
 async def serve(request: Request, task: Task) -> ASGIApp:
     began = time.monotonic()
-    asked, job_id = await submit(request, task)
+    asked, accepted = await submit(request, task)
     # To send it again takes as long as it took.
     return_seconds = RETURN_SECONDS + 2 * (time.monotonic() - began)
-    request.state.job_id = job_id
+    if asked.job.webhook_url or idempotency.HEADER in request.headers:
+        return_seconds = inf  # the job is of use without its caller
+    job_id = request.state.job_id = accepted.job_id
     request.scope["state"][WAITS] = True
     headers = {"X-Job-Id": job_id, "Cache-Control": "no-store"}
+    if accepted.is_replayed:
+        headers[idempotency.REPLAYED] = "true"
     if asked.ignored:
         headers["X-Ignored-Fields"] = shown(asked.ignored)
     state = state_of(request)
     if asked.is_streamed:
-        job = await state.store.read(job_id, caller_of(request).sees)
+        with never_lost():
+            job = await state.store.read(job_id, caller_of(request).sees)
         return TextStream(request, job, return_seconds, headers)
     try:
         job = await ended(request, job_id)
     except ClientDisconnect:
         await abandon(request, job_id, return_seconds)
         return Response(status_code=CLIENT_LEFT)
-    transcript = await transcript_of(state, job)
+    with never_lost():
+        transcript = await transcript_of(state, job)
     response = await asyncio.to_thread(answer, asked, transcript)
     response.headers.update(headers)
     return response
 
 
-async def submit(request: Request, task: Task) -> tuple[Asked, str]:
-    """What is asked for, and the job's id."""
+async def submit(request: Request, task: Task) -> tuple[Asked, JobAccepted]:
+    """What is asked for, and its job."""
     state = state_of(request)
     settings = state.settings
     patience_seconds = min(timeout_of(request), settings.max_wait_seconds)
@@ -143,6 +153,8 @@ async def submit(request: Request, task: Task) -> tuple[Asked, str]:
             raise late
 
     async def upload(path: Path) -> Arrival:
+        if state.hub.count >= settings.max_waiters:  # asked again when it begins to wait
+            raise TooManyWaiters
         form = await uploaded(request, path, judge)
         it = fields.asked_of(form.sent, task, settings.model_size)
         asked.append(it)
@@ -155,7 +167,7 @@ async def submit(request: Request, task: Task) -> tuple[Asked, str]:
         )
 
     accepted = await take_in(request, upload, size_bytes, endpoint="openai")
-    return asked[0], accepted.job_id
+    return asked[0], accepted
 
 
 def shown(names: Sequence[str]) -> str:

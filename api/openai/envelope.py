@@ -22,19 +22,19 @@ CODES = {  # where OpenAI has a name of its own
     "rate_limited": "rate_limit_exceeded",
     "audio_minutes_used": "insufficient_quota",
 }
-OF_FILE = frozenset(
-    {
-        "missing_file",
-        "empty_file",
-        "file_too_large",
-        "unsupported_media",
-        "unreadable_media",
-        "no_audio_stream",
-        "truncated_media",
-        "audio_too_long",
-        "no_audio_samples",
-    }
-)
+PARAMS = {  # the field that is wrong, by our code
+    "model_not_found": "model",
+    "url_not_allowed": "webhook_url",
+    "missing_file": "file",
+    "empty_file": "file",
+    "file_too_large": "file",
+    "unsupported_media": "file",
+    "unreadable_media": "file",
+    "no_audio_stream": "file",
+    "truncated_media": "file",
+    "audio_too_long": "file",
+    "no_audio_samples": "file",
+}
 
 
 class ErrorBody(BaseModel):
@@ -67,11 +67,7 @@ def body_of(
     status: int, code: str, message: str, fields: list[FieldProblem] | None = None
 ) -> ErrorBody:
     """`status`, `code`: as in api/errors.py."""
-    param = fields[0].field if fields else None
-    if code == "model_not_found":
-        param = "model"
-    elif code in OF_FILE:
-        param = "file"
+    param = fields[0].field if fields else PARAMS.get(code)
     return ErrorBody(
         message=message, type=type_of(told(status)), param=param, code=CODES.get(code, code)
     )

@@ -14,7 +14,7 @@ from api.formats import Writing
 from api.forms import form_schema, options_of, validated
 from api.openai.models import NO_SPEAKERS, usable
 from api.uploads import Field as Sent
-from api.uploads import once
+from api.uploads import Judge, once
 from shared.errors import InvalidField
 from shared.job_options import JobOptions
 from shared.options import Task, TranscriptionOptions
@@ -22,6 +22,7 @@ from shared.options import Task, TranscriptionOptions
 RULES = frozenset(Writing.model_fields) - {"format"}  # for captions
 LISTS = frozenset({"languages", "keywords", "timestamp_granularities", "include"})
 OF_SPEAKERS = frozenset({"known_speaker_names", "known_speaker_references"})
+NO_URL = "is not taken here; send the file, or the address to POST /transcribe"
 HEARD_OF_PROMPT = 2000  # characters; Whisper hears its last 224 tokens
 MAX_DEPTH = 8
 _ITEM = re.compile(r"\.\d+$")  # of a list
@@ -193,7 +194,7 @@ def asked_of(sent: Sequence[Sent], task: Task, loaded: str) -> Asked:
     )
 
 
-def judge(loaded: str) -> Any:
+def judge(loaded: str) -> Judge:
     """What api.uploads.receive asks of each part, so that a form which is refused for certain is
     refused before its file is read: OpenAI's clients send the fields first."""
 
@@ -201,6 +202,8 @@ def judge(loaded: str) -> Any:
         head = name.partition("[")[0]
         if head in OF_SPEAKERS:
             raise InvalidField([(head, NO_SPEAKERS)])
+        if head == "url":
+            raise InvalidField([(head, NO_URL)])
         if head not in LISTS and not name.endswith("[]"):
             once(name, before)
         if name == "file":
@@ -214,7 +217,7 @@ def will_wait(before: Sequence[Sent]) -> bool:
     """Whether a form with these fields before its file is not for a stream, which has no timeout.
     False where that is to be seen only behind the file."""
     given = dict(before)
-    return "model" in given and given.get("stream", "").lower() not in {"true", "1", "yes", "on"}
+    return "model" in given and given.get("stream", "").lower() in {"", "false", "0", "no", "off"}
 
 
 def said_as(name: str, ours: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ class TextStream:
         """Raises TooManyWaiters before it begins."""
         request, connection = self._request, connection_of(self._request)
         hub, sees = state_of(request).hub, caller_of(request).sees
+        is_stalled = False
         async with hub.watch(self._job, sees, "openai", connection) as changes:
             head = Headers(self._headers).raw
             await send({"type": "http.response.start", "status": 200, "headers": head})
@@ -65,8 +66,9 @@ class TextStream:
                 async for event in self._events(changes):
                     await write(send, event)
             except TimeoutError:
+                is_stalled = True
                 connection.abort()
-        if connection.is_lost:
+        if is_stalled or connection.is_lost:
             await abandon(request, self._job.job_id, self._return_seconds)
         await send({"type": "http.response.body", "body": b""})
 

@@ -12,9 +12,11 @@ import pytest
 from openai import OpenAI
 
 from local.service import Service
+from shared.settings import Settings
 from tests.conftest import FOX, FOX_WORDS, wait_until
-from tests.deploy.nginx import Echo, Nginx, Replica
+from tests.deploy.nginx import Echo, Nginx, Replica, shipped
 from tests.e2e.conftest import QUICK, Client, variant
+from tests.e2e.sdk import waiters
 
 ADDRESS = "/v1/audio/transcriptions"
 
@@ -79,6 +81,11 @@ def test_nginx_s_own_errors_have_openai_s_envelope_below_v1(tmp_path):
         assert refused[0].headers["retry-after"] == "1"
 
 
+def test_nginx_waits_longer_than_the_api_lets_anybody_wait():
+    longest = Settings.model_fields["max_wait_seconds"].default
+    assert int(shipped()["NGINX_STREAM_TIMEOUT_SECONDS"]) > longest
+
+
 def test_the_sdk_is_served_through_nginx(sdk):
     assert sdk.audio.transcriptions.create(file=FOX, model="whisper-1").text == FOX_WORDS
     assert "whisper-1" in [model.id for model in sdk.models.list()]
@@ -99,8 +106,9 @@ def test_a_stream_begins_while_its_job_waits_and_ends_with_its_reader(
         job = stream.headers["x-job-id"]
         assert stream.headers["content-type"].startswith("text/event-stream")
         assert client.status(job)["status"] == "queued"
+        assert waiters(client) == 1
         stream.parse().close()
-        wait_until(lambda: client.status(job)["status"] == "cancelled", 30, "it is cancelled")
+        wait_until(lambda: waiters(client) == 0, 10, "the API knows that its reader is gone")
     finally:
         service.kill("worker", signal.SIGCONT)
         client.http.close()

@@ -13,7 +13,7 @@ import openai
 from openai import OpenAI
 
 from local.service import Service
-from tests.e2e.conftest import Client
+from tests.e2e.conftest import Client, metric
 
 WHISPER = "whisper-1"
 
@@ -65,3 +65,7 @@ def early_answer(
 
 def jobs_of(client: Client, event: str = "submitted") -> int:
     return int(client.stats()["jobs"][event])
+
+
+def waiters(client: Client) -> float:
+    return metric(client.http.get("/metrics").text, "whisper_waiters", kind="openai")

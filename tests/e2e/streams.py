@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -50,7 +52,10 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.answer.close()
+        # A socket that is closed while its thread reads is neither closed nor read to an end.
+        one: socket.socket = self.answer.extensions["network_stream"].get_extra_info("socket")
+        with suppress(OSError):  # the server has closed it
+            one.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._http.close()
 
@@ -73,7 +78,7 @@ class Stream:
         """So many segments came, and the last event has this id."""
         wanted = list(segments)
         wait_until(
-            lambda: self.segments == wanted and (not last or self.events[-1].id == last),
+            lambda: self.segments == wanted and last in ("", *(e.id for e in self.events[-1:])),
             10,
             f"{wanted} {last}: {self.events}",
         )
@@ -110,6 +115,7 @@ class Hand:
         self.client = Client(service)
         self._folder = folder
         self._numbers = count(1)
+        self.latest = folder  # the file of the latest job
         service.kill("worker")
         service.popen("worker").wait(10)
         self.store = WorkerStore(service.settings, celery_app(service.redis_url), "by-hand")
@@ -121,9 +127,8 @@ class Hand:
     def submit(self, **fields: str) -> str:
         """A job for a file that nobody has sent before."""
         number = next(self._numbers)
-        return self.client.submit(variant(self._folder / f"{number}.wav", number), **fields)[
-            "job_id"
-        ]
+        self.latest = variant(self._folder / f"{number}.wav", number)
+        return self.client.submit(self.latest, **fields)["job_id"]
 
     def claim(self) -> Claim:
         claim = self.store.claim()

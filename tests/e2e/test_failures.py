@@ -95,9 +95,10 @@ def test_a_killed_worker_s_job_completes_after_its_restart(begun, tmp_path):
 
 def test_a_killed_worker_s_job_completes_on_another_worker(begun):
     service, client, job_id = begun()
+    service.kill("worker", signal.SIGSTOP)  # or it is done before the other one is there
     other = service.add_worker()
-    service.wait_ready(60, other)
     service.kill("worker")
+    service.wait_ready(60, other)
     client.wait(job_id, within=RECOVERY_SECONDS + 30)
     expect_completed_runs(service, 1, other)
 

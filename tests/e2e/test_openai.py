@@ -227,6 +227,8 @@ def test_curl_works_with_the_fields_in_any_order(service, is_streamed):
         ({"timestamp_granularities": ["word"]}, "timestamp_granularities"),
         ({"stream": True, "response_format": "vtt"}, "response_format"),
         ({"extra_body": {"beam_size": 99}}, "beam_size"),
+        ({"extra_body": {"url": "https://example.org/a.mp3"}}, "url"),
+        ({"extra_body": {"webhook_url": "https://10.0.0.1/"}}, "webhook_url"),
         ({"file": b""}, "file"),
         ({"file": b"text, not sound"}, "file"),
     ],
@@ -249,6 +251,65 @@ def test_a_file_that_can_not_be_transcribed_is_a_bad_request(sdk, client, tmp_pa
     assert (caught.value.code, caught.value.param) == ("no_audio_stream", "file")
     job = caught.value.response.headers["x-job-id"]
     assert client.status(job)["error"]["code"] == "no_audio_stream"
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+RECORDING = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%b\r\n'
+END = b"--x--\r\n"
+NAMED = PART % (b"model", b"whisper-1")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        (PART % (b"prompt", b"\xff\xfe"), "prompt"),
+        (PART % (b"prompt", b"a" * 20_000), "prompt"),
+        (PART % (b"prompt", b"a") + PART % (b"prompt", b"b"), "prompt"),
+        (NAMED, "model"),
+        (PART % (b"language[a]", b"en"), "language"),
+        (PART % (b"timestamp_granularities", b"\0"), "timestamp_granularities"),
+        (PART % (b"chunking_strategy", b'{"type": "server_vad", "threshold": 1e999}'), None),
+        (PART % (b"temperature", b"9" * 5000), "temperature"),
+        (PART % (b"metadata", b"[" * 10_000), "metadata"),
+        (RECORDING % FOX.read_bytes(), "file"),
+        (PART % (b"file", b"text"), "file"),
+        (PART % (b"a", b"b") * 41, None),
+        (PART.replace(b"name", b"nam") % (b"a", b"b"), None),
+        (b"--x\r\nContent-Disposition: form-data\r\n\r\n", None),
+        (b"garbage", None),
+    ],
+)
+def test_no_form_is_a_mistake_of_ours(service, client, part, param, is_first):
+    """Whatever is sent, before the file or after it, is a bad request, and nothing of it stays."""
+    rest = NAMED + RECORDING % FOX.read_bytes()
+    body = part + rest if is_first else rest + part
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = client.http.post("/v1/audio/transcriptions", content=body + END, headers=kind)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert param in {error["param"], None}
+    assert error["message"]
+    wait_until(lambda: leftovers(service) == [], 10, "nothing is left behind")
+
+
+def test_an_idempotency_key_names_one_job(service, tmp_path):
+    """However its transcript is to be written; another request with it is refused, and not sent
+    again."""
+    path = variant(tmp_path / "a.wav", 3)
+    with sdk_of(service, max_retries=2, default_headers={"Idempotency-Key": "order-17"}) as sdk:
+        create = sdk.audio.transcriptions.with_raw_response.create
+        first = create(file=path, model=WHISPER)
+        again = create(file=path, model=WHISPER, response_format="text")
+        assert "idempotent-replayed" not in first.headers
+        assert again.headers["idempotent-replayed"] == "true"
+        assert again.headers["x-job-id"] == first.headers["x-job-id"]
+        assert again.parse() == FOX_WORDS + "\n"
+        with pytest.raises(openai.ConflictError) as caught:
+            create(file=FOX, model=WHISPER)
+    assert details(caught.value)["code"] == "idempotency_conflict"
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"
 
 
 def test_a_form_that_is_refused_for_certain_is_not_read_to_its_end(service):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -16,11 +17,21 @@ from openai import OpenAI
 from api.openai.attendance import RETURN_SECONDS
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, SAMPLES, wait_until
-from tests.e2e.conftest import Client, completed_runs, leftovers, metric, variant
-from tests.e2e.sdk import WHISPER, details, early_answer, frozen, jobs_of, sdk_of
+from tests.e2e.conftest import QUICK, Client, completed_runs, leftovers, variant
+from tests.e2e.sdk import WHISPER, details, early_answer, frozen, jobs_of, sdk_of, waiters
 from tests.e2e.test_failures import long_file
+from tests.receiver import Receiver
 
 KNOWN = json.loads((SAMPLES / "transcripts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Which tells webhooks on this machine."""
+    settings = {**QUICK, "egress_allow": "127.0.0.1"}
+    with Service.in_folder(tmp_path_factory.mktemp("service"), settings) as service:
+        service.wait_ready(60)
+        yield service
 
 
 @pytest.fixture
@@ -64,7 +75,7 @@ def test_a_stream_begins_at_once_and_names_its_job(service, client, sdk, tmp_pat
 def test_the_beginning_of_a_long_recording_comes_before_its_end(start, tmp_path):
     """Parts that are done are told meanwhile, and altogether it is the text."""
     service, client = start(part_seconds="30", worker_slots="1")
-    path = long_file(tmp_path / "long.wav", 80)
+    path = long_file(tmp_path / "long.wav", 40)
     with sdk_of(service) as sdk:
         answer = sdk.audio.transcriptions.with_raw_response.create(
             file=path, model=WHISPER, language="en", stream=True
@@ -76,7 +87,7 @@ def test_the_beginning_of_a_long_recording_comes_before_its_end(start, tmp_path)
         *deltas, done = events
         assert {event.type for event in deltas} == {"transcript.text.delta"}
         assert first.delta + "".join(event.delta for event in deltas) == done.text
-        assert done.text.split() == FOX_WORDS.split() * 80
+        assert done.text.split() == FOX_WORDS.split() * 40
         assert sdk.audio.transcriptions.create(file=path, model=WHISPER, language="en").text == (
             done.text
         )
@@ -109,38 +120,61 @@ def test_a_client_that_lost_patience_joins_what_runs(service, client, tmp_path):
     assert completed_runs(service) == runs + 1
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_client_that_vanishes_cancels_its_job(service, client, tmp_path, is_streamed):
-    """Once it has had the time to come back; and only its own, if it has no key to come back to."""
-    alone, shared, keyed = (
-        variant(tmp_path / f"{number}.wav", 2 * number + is_streamed) for number in (3, 4, 5)
-    )
+def leave(service: Service, path: Path, *, is_streamed: bool, key: str = "", **ours: str) -> None:
+    """Asks for a transcription, and is gone before its end."""
+    headers = {"Idempotency-Key": key} if key else {}
+    with sdk_of(service, timeout=3, default_headers=headers) as sdk:
+        create = sdk.audio.transcriptions.create
+        if is_streamed:
+            create(file=path, model=WHISPER, stream=True, extra_body=ours).close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                create(file=path, model=WHISPER, extra_body=ours)
+
+
+def test_a_client_that_vanishes_cancels_what_nobody_else_waits_for(service, client, tmp_path):
+    """Once it has had the time to come back; and only its own, unless that is of use without it: to
+    one who has a key to come back with, and to a webhook, which is told once."""
     cancelled, runs = jobs_of(client, "cancelled"), completed_runs(service)
     wait_until(lambda: leftovers(service) == [], 20, "nothing is under way")
-    with frozen(service):
-        other = client.submit(shared)["job_id"]
-        began = time.monotonic()
-        for path in (keyed, alone, shared):
-            key = {"Idempotency-Key": f"key-{is_streamed}"} if path == keyed else {}
-            with sdk_of(service, timeout=1, default_headers=key) as sdk:
-                create = sdk.audio.transcriptions.create
-                if is_streamed:
-                    create(file=path, model=WHISPER, stream=True).close()
-                else:
-                    with pytest.raises(openai.APITimeoutError):
-                        create(file=path, model=WHISPER)
-        wait_until(
-            lambda: jobs_of(client, "cancelled") == cancelled + 2, 40, "their jobs are cancelled"
-        )
-        assert time.monotonic() - began > RETURN_SECONDS
-        assert client.stats()["queue"]["queued"] == 2
-        assert other in leftovers(service)
-        assert len(leftovers(service)) == 2
-    client.wait(other)
-    assert client.text(other) == FOX_WORDS
-    wait_until(lambda: completed_runs(service) == runs + 2, 20, "the one with a key is done")
-    page = client.http.get("/metrics").text
-    assert metric(page, "whisper_waiters", kind="openai") == 0
+    files = [variant(tmp_path / f"{number}.wav", number) for number in range(6, 14)]
+    others = []
+    with Receiver() as receiver:
+        with frozen(service), ThreadPoolExecutor(len(files)) as pool:
+            began = time.monotonic()
+            left = []
+            for is_streamed, (alone, shared, keyed, hooked) in enumerate([files[:4], files[4:]]):
+                others.append(client.submit(shared)["job_id"])
+                how = {"is_streamed": bool(is_streamed)}
+                left += [
+                    pool.submit(leave, service, alone, **how),
+                    pool.submit(leave, service, shared, **how),
+                    pool.submit(leave, service, keyed, **how, key=keyed.name),
+                    pool.submit(leave, service, hooked, **how, webhook_url=receiver.url()),
+                ]
+            for each in left:
+                each.result(20)
+            wait_until(
+                lambda: jobs_of(client, "cancelled") == cancelled + 4, 40, "their jobs are gone"
+            )
+            assert time.monotonic() - began > RETURN_SECONDS
+            assert client.stats()["queue"]["queued"] == 6
+            assert set(others) < set(leftovers(service))
+            assert len(leftovers(service)) == 6
+        for other in others:
+            client.wait(other)
+            assert client.text(other) == FOX_WORDS
+        wait_until(lambda: completed_runs(service) == runs + 6, 20, "the others are done")
+        wait_until(lambda: len(receiver.received) == 2, 10, "both webhooks are told")
+        events = [json.loads(request.body) for request in receiver.received]
+        assert {event["type"] for event in events} == {"transcription.completed"}
+        assert len({event["data"]["job_id"] for event in events}) == 2
+        with sdk_of(service, default_headers={"Idempotency-Key": keyed.name}) as sdk:
+            back = sdk.audio.transcriptions.with_raw_response.create(file=keyed, model=WHISPER)
+        assert back.headers["idempotent-replayed"] == "true"
+        assert back.parse().text == FOX_WORDS
+    assert jobs_of(client, "cancelled") == cancelled + 4
+    assert waiters(client) == 0
 
 
 @pytest.fixture
@@ -184,10 +218,10 @@ def test_a_wait_that_would_be_too_long_is_refused_before_it_begins(busy, tmp_pat
     assert (status, error["code"]) == (503, "wait_too_long")
     assert int(headers["retry-after"]) >= 1
     with pytest.raises(TimeoutError):
-        early_answer(service, fields + stream + file, 2, **impatient)
+        early_answer(service, fields + stream + file, 1, **impatient)
     again = {**impatient, "x_stainless_retry_count": "1"}
     with pytest.raises(TimeoutError):
-        early_answer(service, fields + file, 2, **again)
+        early_answer(service, fields + file, 1, **again)
 
 
 def test_the_sdk_comes_back_when_it_is_told_to(busy, tmp_path):
@@ -203,10 +237,19 @@ def test_the_sdk_comes_back_when_it_is_told_to(busy, tmp_path):
     assert answer.parse().text == FOX_WORDS
 
 
-def test_a_transcription_that_takes_too_long_can_be_fetched_by_its_job(start, tmp_path):
-    """Or waited for again: the job goes on."""
-    service, client = start(max_wait_seconds="1")
+def test_a_transcription_that_takes_too_long_can_be_fetched_by_its_job(start):
+    """Or waited for again: the job goes on. More than may wait are refused before that."""
+    service, client = start(max_wait_seconds="1", max_waiters="1")
     with frozen(service), sdk_of(service) as sdk:
+        stream = sdk.audio.transcriptions.create(file=FOX, model=WHISPER, stream=True)
+        with pytest.raises(openai.InternalServerError) as caught:
+            sdk.audio.transcriptions.create(file=FOX, model=WHISPER)
+        assert details(caught.value)["code"] == "too_many_waiters"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert jobs_of(client) == 1
+        assert early_answer(service, b"")[2]["code"] == "too_many_waiters"
+        stream.close()
+        wait_until(lambda: waiters(client) == 0, 10, "there is a place again")
         with pytest.raises(openai.InternalServerError) as caught:
             sdk.audio.transcriptions.create(file=FOX, model=WHISPER)
         assert caught.value.status_code == 503
@@ -216,15 +259,17 @@ def test_a_transcription_that_takes_too_long_can_be_fetched_by_its_job(start, tm
     assert client.text(job) == FOX_WORDS
 
 
-def test_a_replica_that_stops_sends_its_waiting_clients_elsewhere(start):
-    """503 at once, or an event; the jobs go on, and who sends again joins them."""
-    service, _ = start()
+def test_a_replica_that_stops_sends_its_waiting_clients_elsewhere(start, tmp_path):
+    """503 at once, or an event; the jobs go on, and who sends again joins them. Nor does it wait
+    for one who has left to come back."""
+    service, client = start()
     with frozen(service), sdk_of(service) as sdk, ThreadPoolExecutor(1) as pool:
+        gone = variant(tmp_path / "gone.wav", 1)
+        sdk.audio.transcriptions.create(file=gone, model=WHISPER, stream=True).close()
         stream = sdk.audio.transcriptions.create(file=FOX, model=WHISPER, stream=True)
         call = pool.submit(sdk.audio.transcriptions.create, file=FOX, model=WHISPER)
-        client = Client(service)
-        wait_until(lambda: jobs_of(client) == 2, 10, "both wait")
-        client.http.close()
+        wait_until(lambda: waiters(client) == 2 and jobs_of(client) == 3, 10, "two wait")
+        began = time.monotonic()
         service.kill("API", signal.SIGTERM)
         with pytest.raises(openai.InternalServerError) as caught:
             call.result(20)
@@ -232,6 +277,31 @@ def test_a_replica_that_stops_sends_its_waiting_clients_elsewhere(start):
         with pytest.raises(openai.APIError) as caught:
             list(stream)
         assert details(caught.value)["code"] == "still_running"
+        service.popen("API").wait(20)
+        assert time.monotonic() - began < RETURN_SECONDS - 2
+    assert len(leftovers(service)) == 3
+
+
+def test_who_waits_outlives_redis(start):
+    """Killed and back: nobody is sent away."""
+    service, client = start()
+    with frozen(service), sdk_of(service) as sdk, ThreadPoolExecutor(1) as pool:
+        stream = sdk.audio.transcriptions.create(file=FOX, model=WHISPER, stream=True)
+        call = pool.submit(sdk.audio.transcriptions.create, file=FOX, model=WHISPER)
+        wait_until(lambda: waiters(client) == 2, 10, "both wait")
+        service.kill("Redis")
+        service.popen("Redis").wait(10)
+        wait_until(lambda: client.http.get("/stats").status_code == 503, 10, "it is missed")
+        with pytest.raises(openai.InternalServerError) as caught:
+            sdk.audio.transcriptions.create(file=FOX, model=WHISPER)
+        assert details(caught.value)["code"] == "store_unavailable"
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        service.restart("Redis")
+        service.wait_ready(20, "Redis")
+        service.kill("worker", signal.SIGCONT)
+        assert call.result(30).text == FOX_WORDS
+        assert list(stream)[-1].text == FOX_WORDS
+    assert jobs_of(client) == 2
 
 
 def test_a_job_that_somebody_cancels_is_not_tried_again(service, client, tmp_path):

@@ -337,6 +337,29 @@ async def test_a_silent_redis_is_left_for_another_try(
         await hub.close()
 
 
+async def test_coming_and_going_is_no_silence(store, settings, raw, metrics, monkeypatch):
+    """Who asks for the same job again and again makes nothing to be said to Redis."""
+    monkeypatch.setattr(notices, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(notices, "SILENT_SECONDS", 0.3)
+    hub = Hub(store, lambda: lone_connection(settings), 9, metrics.waiters)
+    hub.start()
+    job = await submitted(store, settings)
+
+    def listeners() -> list[str]:
+        return [c["id"] for c in raw.client_list() if c["name"] == "whisper-api-notices"]
+
+    try:
+        seen, deadline = set(), time.monotonic() + 0.8
+        while time.monotonic() < deadline:
+            async with watch(hub, job) as changes:
+                assert await changes.next(), "it is heard"
+                seen.update(listeners())
+                await changes.next(0.02)
+        assert len(seen) == 1
+    finally:
+        await hub.close()
+
+
 async def test_a_read_that_fails_is_repeated(hub, store, worker, settings, monkeypatch):
     """An outage may begin between a notice and the read."""
     monkeypatch.setattr(hub_module, "AGAIN_SECONDS", 0.05)

@@ -218,6 +218,7 @@ def test_a_form_is_refused_before_its_file_where_that_is_certain():
         ("known_speaker_names[]", [MODEL], InvalidField),
         ("known_speaker_references[]", [MODEL], InvalidField),
         ("prompt", [("prompt", "a")], InvalidField),
+        ("url", [MODEL], InvalidField),
     ]:
         with pytest.raises(error):
             at(name, before)
@@ -226,7 +227,8 @@ def test_a_form_is_refused_before_its_file_where_that_is_certain():
 def test_only_who_gets_no_stream_can_lose_patience():
     assert will_wait([MODEL])
     assert will_wait([MODEL, ("stream", "false")])
-    assert not will_wait([MODEL, ("stream", "true")])
+    for value in ("true", "True", "t", "yes", "1"):
+        assert not will_wait([MODEL, ("stream", value)])
     assert not will_wait([]), "the fields may follow the file"
 
 
@@ -369,6 +371,7 @@ def test_every_error_has_openai_s_four_keys_and_a_status_of_its_clients():
         (401, "unauthorized", "authentication_error", "invalid_api_key", None),
         (404, "model_not_found", "invalid_request_error", "model_not_found", "model"),
         (413, "file_too_large", "invalid_request_error", "file_too_large", "file"),
+        (422, "url_not_allowed", "invalid_request_error", "url_not_allowed", "webhook_url"),
         (429, "rate_limited", "rate_limit_exceeded", "rate_limit_exceeded", None),
         (429, "audio_minutes_used", "rate_limit_exceeded", "insufficient_quota", None),
         (500, "internal_error", "server_error", "internal_error", None),
