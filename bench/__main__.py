@@ -50,11 +50,13 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, row in results["rows"].items():
         cpu = "" if row["cpu_ratio"] is None else f"{row['cpu_ratio']:.2f}"
+        ours = results["machine"]["cpu"]
+        other = "" if row.get("machine", ours) == ours else f" (on {row['machine']})"
         lines.append(
             f"| {name} | {row['what']} | {row['ratio']:.2f} | {cpu} "
             f"| {row['goal']} | {'yes' if row['is_met'] else 'no'} "
             f"| {row['first']}: {amount(row['first_value'], row['unit'])}; "
-            f"{row['second']}: {amount(row['second_value'], row['unit'])} | {row['pairs']} |"
+            f"{row['second']}: {amount(row['second_value'], row['unit'])}{other} | {row['pairs']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -76,6 +78,7 @@ def record(row: Row, measured: Measured) -> dict[str, Any]:
         "second": measured.second,
         "second_value": measured.second_spent.value,
         "pairs": measured.pairs,
+        "machine": machine()["cpu"],
     }
 
 
@@ -88,10 +91,9 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := set(chosen.rows) - set(names):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    results: dict[str, Any] = {"rows": {}}
-    if chosen.rows and NUMBERS.exists():
-        results = json.loads(NUMBERS.read_text())
-    results |= {"machine": machine(), "shape": chosen.shape}
+    results: dict[str, Any] = {"machine": machine(), "shape": chosen.shape, "rows": {}}
+    if chosen.rows and NUMBERS.exists():  # rows that another machine measured say so
+        results = {**json.loads(NUMBERS.read_text()), "shape": chosen.shape}
     with tempfile.TemporaryDirectory(prefix="whisper-bench-") as folder:
         stage = Stage(Path(folder), chosen.shape, chosen.pairs)
         try:

@@ -424,7 +424,7 @@ def test_pages_of_other_origins_read_answers_only_where_the_setting_names_them(s
     ours, theirs = "https://app.example.org", "https://evil.example"
     service, _ = start(auth="keys", cors_origins=f"{ours}, http://localhost:3000")
     asks = {"Access-Control-Request-Method": "POST"}
-    asks["Access-Control-Request-Headers"] = "authorization"
+    asks["Access-Control-Request-Headers"] = "authorization, if-none-match, last-event-id"
     with httpx2.Client(base_url=service.base_url, trust_env=False) as http:
         for origin, is_ours in ((ours, True), ("http://localhost:3000", True), (theirs, False)):
             before = http.options("/transcribe", headers={"Origin": origin, **asks})
@@ -432,6 +432,7 @@ def test_pages_of_other_origins_read_answers_only_where_the_setting_names_them(s
             refused = http.get(f"/status/{uuid4()}", headers={"Origin": origin})
             assert refused.status_code == 401
             allowed = origin if is_ours else None
+            assert "ETag" in refused.headers["access-control-expose-headers"]
             for answer in (before, refused):
                 assert answer.headers.get("access-control-allow-origin") == allowed
                 assert "access-control-allow-credentials" not in answer.headers
