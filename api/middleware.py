@@ -148,7 +148,8 @@ class Linger:
                         await asyncio.sleep(STRANGER_SECONDS)
                         is_read = True
                     while not is_read:
-                        await asyncio.wait_for(watch(), LINGER_IDLE_SECONDS)
+                        async with asyncio.timeout(LINGER_IDLE_SECONDS):
+                            await watch()
             await send({"type": "http.response.body", "body": b""})
 
         await self.app(scope, watch, answer)

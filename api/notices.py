@@ -97,7 +97,8 @@ class Notices:
         try:
             while True:
                 try:
-                    await asyncio.wait_for(self._has_changed.wait(), ping - clock())
+                    async with asyncio.timeout_at(ping):
+                        await self._has_changed.wait()
                 except TimeoutError:
                     await connection.send_command("PING", check_health=False)
                     ping = clock() + PING_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
@@ -75,14 +76,16 @@ class TextStream:
     async def _events(self, changes: Watch) -> AsyncIterator[bytes]:
         telling = Telling()
         segments = Segments(state_of(self._request).pages)
+        beat = time.monotonic() + KEEP_ALIVE_SECONDS
         try:
             while not changes.is_over:
-                job = await changes.next(KEEP_ALIVE_SECONDS)
+                job = await changes.next(beat - time.monotonic())
                 try:
                     if job is None:
                         if not await is_still_admitted(self._request):
                             raise Unauthorized
                         yield KEEP_ALIVE
+                        beat = time.monotonic() + KEEP_ALIVE_SECONDS
                     elif job.status.is_terminal:
                         transcript = await transcript_of(state_of(self._request), job)
                         for event in telling.rest(transcript):

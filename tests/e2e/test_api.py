@@ -183,7 +183,7 @@ def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, clie
     post, audio = client.http.post, FOX.read_bytes()
     as_file = {"file": ("a.mp3", audio)}
     refused = {
-        "no file": (post("/transcribe", data={"language": "en"}, files={}), 400),
+        "no file": (post("/transcribe", data={"language": "en"}), 422),
         "no body": (post("/transcribe"), 400),
         "empty file": (post("/transcribe", files={"file": ("a.mp3", b"")}), 422),
         "text": (post("/transcribe", files={"file": ("a.mp3", b"hello\n" * 99)}), 415),
@@ -193,7 +193,7 @@ def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, clie
         "no object": (post("/transcribe", files=as_file, data={"metadata": "[]"}), 422),
         "too deep": (post("/transcribe", files=as_file, data={"metadata": "[" * 9000}), 422),
         "no priority": (post("/transcribe", files=as_file, data={"priority": "9"}), 422),
-        "no multipart": (post("/transcribe", json={"file": "x"}), 400),
+        "no address": (post("/transcribe", json={"file": "x"}), 422),
     }
     for what, (answer, status) in refused.items():
         assert problem(answer)[0] == status, what

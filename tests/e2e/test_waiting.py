@@ -577,7 +577,8 @@ def test_nobody_waits_for_the_jobs_of_others(start, tmp_path):
 HURRIED = """
 import sys
 from api import events
-events.HEARTBEAT_SECONDS = 0.7
+from api.openai import stream
+events.HEARTBEAT_SECONDS = stream.KEEP_ALIVE_SECONDS = 0.7
 events.STALLED_SECONDS = 0.5
 from api.__main__ import main
 sys.exit(main())
@@ -606,13 +607,28 @@ def hurried(service: Service) -> Client:
 
 def test_a_quiet_stream_has_heartbeats(start, tmp_path):
     """They keep proxies from closing it; with each it is seen whether the key is still good, and a
-    stream that is not quiet ends then, too."""
+    stream that is not quiet ends then, too. So does one of OpenAI's endpoints."""
     service, _ = start(AUTH="keys", **LONG_LEASE)
     hand = Hand(service, tmp_path)
     key = new_key(service, "mine")
     hand.client.http.headers["Authorization"] = f"Bearer {key}"
     job, claim = hand.begin()
-    with Stream(hurried(service), job, Authorization=f"Bearer {key}") as stream:
+    client = hurried(service)
+
+    def spoken() -> str:
+        with hand.latest.open("rb") as file:
+            return client.http.post(
+                "/v1/audio/transcriptions",
+                files={"file": file},
+                data={"model": "whisper-1", "stream": "true"},
+                headers={"Authorization": f"Bearer {key}"},
+            ).text
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Stream(client, job, Authorization=f"Bearer {key}") as stream,
+    ):
+        text = pool.submit(spoken)
         wait_until(lambda: stream.heartbeats >= 2, 10)
         assert stream.names == ["started"]
         command(service, "revoke", key.split("_")[1])
@@ -620,9 +636,11 @@ def test_a_quiet_stream_has_heartbeats(start, tmp_path):
 
         def is_over() -> bool:  # however much it has to tell
             hand.store.renew(claim, next(steps) / 10_000)
-            return stream.is_over
+            return stream.is_over and text.done()
 
         wait_until(is_over, 10)
         assert "completed" not in stream.names
+        assert '"code": "invalid_api_key"' in text.result()
+    client.http.close()
     hand.complete(claim)
     hand.close()
