@@ -405,6 +405,7 @@ def test_without_a_descriptor_for_it_an_upload_is_refused_for_now(service, clien
     """Then the service goes on. Its folder can't be listed without one either, so it stays until a
     reaper finds it abandoned."""
     wait_until(lambda: leftovers(service) == [], 30, "earlier jobs are done")
+    client.http.get("/health").raise_for_status()  # the connection is there
     pid = service.popen("API").pid
     used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
     lowest_free = next(number for number in count() if number not in used)
