@@ -175,12 +175,15 @@ class _Form:
             self.refuse(file, too_large(self.max_file_bytes))
         if not file.error:
             file.pending += data[start:end]
+            self._sniff(file)
 
     def on_part_end(self) -> None:
         if self._in_file:
-            self.files[-1].is_complete = True
-            if not self.files[-1].size_bytes:
-                self.refuse(self.files[-1], EmptyFile())
+            file = self.files[-1]
+            file.is_complete = True
+            if not file.size_bytes:
+                self.refuse(file, EmptyFile())
+            self._sniff(file)
             return
         try:
             self.sent.append((self._name, self._value.decode()))
@@ -194,6 +197,13 @@ class _Form:
         if self.max_files == 1:
             raise error
         file.error = file.error or error
+
+    def _sniff(self, file: ArrivedFile) -> None:
+        """While the bytes are parsed: what is wrong first is the error, however they were cut."""
+        try:
+            file.sniff()
+        except NotAudio as exc:
+            self.refuse(file, exc)
 
     def _begin_file(self) -> None:
         if len(self.files) == self.max_files == 1:
@@ -325,10 +335,6 @@ async def _take(
 async def _write_out(form: _Form, written: int, place: Place) -> int:
     """What the parser has seen of the files goes to the disk. Returns how many are done."""
     for file in form.files[written:]:
-        try:
-            file.sniff()
-        except NotAudio as exc:
-            form.refuse(file, exc)
         await file.write_out(place)
         written += file.is_complete
     return written

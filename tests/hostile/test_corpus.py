@@ -124,7 +124,11 @@ def test_names_of_files_reach_neither_the_disk_nor_the_log(service, files):
     log = (service.settings.data_dir.parent / "service.log").read_text()
     folder = service.settings.data_dir.parent
     assert {path.name for path in folder.iterdir()} == {"data", "service.log"}
-    assert {path.name for path in service.settings.data_dir.iterdir()} <= {"redis", "uploads"}
+    assert {path.name for path in service.settings.data_dir.iterdir()} <= {
+        "redis",
+        "uploads",
+        "webhook_secret",
+    }
     actions = [json.loads(line)["action"] for line in log.splitlines() if '"action"' in line]
     assert actions.count("job_accepted") > 100
     for trace in ("cron.d", "pwned", "X-Injected", "system32", "subfile", "\x1b[2J", "\u202e"):

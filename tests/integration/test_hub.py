@@ -190,7 +190,7 @@ async def test_progress_wakes_nobody_who_waits_for_an_end(hub, store, worker, se
     wait = asyncio.create_task(hub.until_ended(job.job_id, "", "status", connection(), 60))
     async with asyncio.timeout(SOON), watch(hub, job) as changes:
         assert await changes.next()
-        before = reads(raw)
+        before = await quiet(raw)
         worker.renew(claim, 0.5)
         assert (await changes.next()).progress == 0.5, "that one was woken"
         assert reads(raw) - before == 2, "the renewal, and one read"
