@@ -19,7 +19,7 @@ from shared.broker import QUEUE_NAME, TASK_NAME, celery_app
 from shared.errors import InvalidSettings, StoreUnavailable
 from shared.settings import Settings, parse_cpus
 from shared.storage import Storage
-from worker import health, tuning
+from worker import bells, health, tuning
 from worker.engine import ffmpeg, model
 from worker.engine.decode import Decoder
 from worker.engine.engine import Engine
@@ -139,6 +139,7 @@ def pin(cpus: frozenset[int]) -> None:
 
 def serve(celery: Celery, service: Service) -> int:
     """Listens for bells until a signal says stop, then drains."""
+    bells.install()
 
     @celery.task(name=TASK_NAME, ignore_result=True, throws=(TranscriptionFailed,))
     def transcribe(_hint: str) -> str:

@@ -1,4 +1,5 @@
-"""What kombu keeps of the messages that came to this worker and were not taken up yet."""
+"""What kombu does with messages that came to this worker and were not taken up when it closes a
+channel: it puts them back, and an error in that ends the worker and all that it transcribes."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from kombu.transport import redis
 log = logging.getLogger(__name__)
 
 
-class Bells(redis.QoS):  # type: ignore[misc]
-    """Puts them back when a channel closes, where Redis is there to take them."""
+class Bells(redis.QoS):
+    """Puts them back where that is possible."""
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
-        """kombu 5.7 fails in many ways when the connection was lost, and an error here ends the
-        whole worker. What is missing a reaper rings again."""
+        """A channel whose connection was lost twice has no address any more (kombu 5.7), and there
+        are other ways to fail. No harm is done: a bell that is missing is rung by a reaper."""
         try:
-            super().restore_unacked_once(stderr)
+            super().restore_unacked_once(stderr)  # type: ignore[no-untyped-call]
         except Exception as exc:
-            log.info("bells were lost", extra={"action": "bells_lost", "error": repr(exc)})
+            log.warning("bells not put back: %r", exc, extra={"action": "bells_lost"})
 
 
 def install() -> None:
-    """For all connections of this process that are made from here on."""
+    """For all connections that this process makes from here on."""
     redis.Channel.QoS = Bells

@@ -53,7 +53,11 @@ def test_a_row_of_memory_has_megabytes_and_no_cpu():
     measured = compare(*arms, pairs=1, unit="MB", warm_up=False)
     assert measured == Measured("one", "four", Spent(300.0), Spent(900.0), 1, "MB")
     row = Row("j", "one / four", "<= 0.4", lambda ratio: ratio <= 0.4, lambda _: measured)
-    results = {"machine": bench.machine(), "shape": "tiny", "rows": {"j": bench.record(row, measured)}}
+    results = {
+        "machine": bench.machine(),
+        "shape": "tiny",
+        "rows": {"j": bench.record(row, measured)},
+    }
     line = "| j | one / four | 0.33 |  | <= 0.4 | yes | one: 300 MB; four: 900 MB | 1 |"
     assert line in bench.table(results).splitlines()
 
