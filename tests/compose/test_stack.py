@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from local.ports import free_port
 from tests.compose.stack import Load, Stack, docker, engine
-from tests.conftest import FOX, FOX_WORDS, ROOT, free_port, wait_until
+from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
 from tests.deploy.monitored import queries, rules
 from tests.deploy.test_grafana import replaced
 from tests.e2e.conftest import variant

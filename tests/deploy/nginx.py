@@ -20,7 +20,8 @@ from typing import Any, Self
 import pytest
 import yaml
 
-from tests.conftest import ROOT, free_port, wait_until
+from local.ports import free_port
+from tests.conftest import ROOT, wait_until
 
 COMPOSE = ROOT / "docker-compose.yml"
 FILES = ROOT / "deploy" / "nginx"

@@ -19,8 +19,9 @@ import httpx2
 import pytest
 
 from example_client import WhisperClient
+from local.ports import free_port
 from local.service import Service, answers
-from tests.conftest import FOX_WORDS, free_port, wait_until
+from tests.conftest import FOX_WORDS, wait_until
 from tests.deploy.nginx import Nginx, Resolver
 from tests.e2e.conftest import Client, variant
 from tests.e2e.streams import ENDS, Event, Hand, Stream, segments

@@ -23,9 +23,10 @@ import pytest
 import yaml
 
 from api.store import ADMIT_BELOW
+from local.ports import free_port
 from local.service import Service, as_environment
 from shared.settings import Settings
-from tests.conftest import FOX, ROOT, free_port, wait_until
+from tests.conftest import FOX, ROOT, wait_until
 from tests.deploy.monitored import (
     PROMETHEUS,
     known,

@@ -19,10 +19,11 @@ import httpx2
 import pytest
 
 from local import demo
+from local.ports import free_port
 from local.processes import CannotRun, Process
 from local.redis_server import RedisServer, find_binary
 from local.supervisor import StopSignals
-from tests.conftest import FOX, FOX_WORDS, ROOT, alive, free_port, wait_until
+from tests.conftest import FOX, FOX_WORDS, ROOT, alive, wait_until
 from tests.e2e.conftest import variant
 
 pytestmark = pytest.mark.skipif(

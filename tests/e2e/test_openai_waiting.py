@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 from openai import OpenAI
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from api.openai.attendance import RETURN_SECONDS
 from local.service import Service
@@ -235,6 +237,31 @@ def test_the_sdk_comes_back_when_it_is_told_to(busy, tmp_path):
         )
     assert answer.retries_taken > 0
     assert answer.parse().text == FOX_WORDS
+
+
+def test_who_leaves_is_noticed_however_the_upload_ended(service, client, tmp_path):
+    """Also when all the rest of it came at once, more than the API reads ahead."""
+    audio = variant(tmp_path / "a.wav", 77).read_bytes()
+    assert len(audio) > HIGH_WATER_LIMIT + 20_000
+    model = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n'
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    body = model + head + audio + b"\r\n--x--\r\n"
+    begin = len(model + head) + 5_000
+    request = (
+        "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: a\r\n"
+        f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    before = set(leftovers(service))
+    address = (service.settings.host, service.settings.port)
+    with frozen(service):
+        with socket.create_connection(address, 10) as client_leaving:
+            client_leaving.sendall(request.encode() + body[:begin])
+            wait_until(lambda: set(leftovers(service)) - before, 10, "it waits for the rest")
+            service.kill("API", signal.SIGSTOP)
+            client_leaving.sendall(body[begin:])
+            service.kill("API", signal.SIGCONT)
+            wait_until(lambda: waiters(client) == 1, 10, "the job is queued")
+        wait_until(lambda: waiters(client) == 0, 5, "its client is gone")
 
 
 def test_a_transcription_that_takes_too_long_can_be_fetched_by_its_job(start):

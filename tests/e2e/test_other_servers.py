@@ -20,8 +20,9 @@ import pytest
 from openai import OpenAI
 from standardwebhooks import Webhook
 
+from local.ports import free_port
 from local.service import Service
-from tests.conftest import FOX, FOX_WORDS, ROOT, free_port, wait_until
+from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
 from tests.e2e.conftest import QUICK, Client, leftovers, metric, variant
 from tests.e2e.test_access import Holder, new_key
 from tests.receiver import Canary, Receiver, Reply

@@ -20,10 +20,11 @@ import redis
 
 from api.key_store import ApiKey, Scope, digest_of
 from api.store import Limits
+from local.ports import free_port
 from local.redis_server import find_binary
 from local.service import Service
 from shared import keys
-from tests.conftest import FOX, FOX_WORDS, ROOT, alive, free_port, wait_until
+from tests.conftest import FOX, FOX_WORDS, ROOT, alive, wait_until
 from tests.e2e.conftest import Client, variant
 from tests.receiver import Receiver, Reply
 

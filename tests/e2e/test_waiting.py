@@ -19,11 +19,12 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from local.ports import free_port
 from local.service import Service, answers
 from shared import keys
 from shared.errors import UnreadableMedia
 from shared.storage import Storage
-from tests.conftest import FOX_WORDS, free_port, wait_until
+from tests.conftest import FOX_WORDS, wait_until
 from tests.e2e.conftest import QUICK, Client, metric
 from tests.e2e.streams import ENDS, Event, Hand, Stream, segments
 from tests.e2e.test_access import command, new_key

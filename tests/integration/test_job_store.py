@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from api.store import JobStore
+from local.ports import free_port
 from shared import keys
 from shared.broker import QUEUE_NAME, TASK_NAME, celery_app, doorbell
 from shared.errors import JobExpired, JobNotFound, StoreFull, StoreUnavailable, UnreadableMedia
@@ -18,7 +19,6 @@ from shared.options import TranscriptionOptions, fingerprint
 from shared.scripts import source
 from shared.settings import Settings
 from shared.storage import Manifest, Storage
-from tests.conftest import free_port
 from worker.store import WorkerStore
 
 TRANSCRIPT = b'{"text":"hello"}'

@@ -25,6 +25,7 @@ from api.egress import Egress
 from api.sender import Sender, retry_after_seconds, verdict
 from api.signing import Signer, signer
 from api.store import JobStore, connect
+from local.ports import free_port
 from shared import keys
 from shared.destinations import Destinations
 from shared.errors import (
@@ -39,7 +40,6 @@ from shared.metrics import ApiMetrics
 from shared.schemas import JobWebhook
 from shared.settings import Settings
 from shared.storage import Manifest
-from tests.conftest import free_port
 from tests.receiver import Canary, Receiver, Reply
 from worker.store import WorkerStore
 

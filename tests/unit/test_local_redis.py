@@ -13,9 +13,10 @@ import pytest
 import redis
 
 from local import redis_server
+from local.ports import free_port
 from local.processes import CannotRun, Process
 from local.redis_server import RedisServer, find_binary, why_silent, without_password
-from tests.conftest import free_port, wait_until
+from tests.conftest import wait_until
 
 
 @pytest.fixture
