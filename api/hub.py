@@ -54,6 +54,7 @@ class Hub:
 
     async def close(self) -> None:
         if self._listening is not None:
+            self._notices.stop()
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
 

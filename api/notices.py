@@ -41,6 +41,8 @@ class Notices:
         self._has_changed = asyncio.Event()
         self._asked: set[str] = set()  # what this connection subscribes to
         self._heard: set[str] = set()  # what Redis has confirmed of that
+        self._serving: AbstractConnection | None = None
+        self._is_stopping = False
 
     def listen(self, fingerprint: str) -> None:
         """LISTENING comes as soon as that is so, and again whenever it was interrupted."""
@@ -56,10 +58,15 @@ class Notices:
     def hears(self, fingerprint: str) -> bool:
         return fingerprint in self._heard
 
+    def stop(self) -> None:
+        """To be told before `run` is cancelled."""
+        self._is_stopping = True
+
     async def run(self) -> None:
-        """For ever. Connects again whenever the connection is lost."""
+        """Connects again whenever the connection is lost. Nothing here relies on a cancellation
+        alone: redis-py sends with asyncio.wait_for, which can swallow one on Python 3.11."""
         is_lost = False
-        while True:
+        while not self._is_stopping:
             try:
                 connection = self._connect()
                 try:
@@ -67,7 +74,8 @@ class Notices:
                     if is_lost:
                         log.info("notices are heard again", extra={"action": "notices_back"})
                     is_lost = False
-                    await self._serve(connection)
+                    if not self._is_stopping:
+                        await self._serve(connection)
                 finally:
                     self._heard.clear()
                     await connection.disconnect(nowait=True)
@@ -83,10 +91,12 @@ class Notices:
         self._asked.clear()
         self._changed = set(self._wanted)
         self._has_changed.set()
+        self._serving = connection
         writing = asyncio.create_task(self._write(connection))
         try:
             await self._read(connection)
         finally:
+            self._serving = None
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
 
@@ -95,7 +105,7 @@ class Notices:
         clock = asyncio.get_running_loop().time
         ping = clock() + PING_SECONDS
         try:
-            while True:
+            while self._serving is connection:
                 try:
                     async with asyncio.timeout_at(ping):
                         await self._has_changed.wait()
@@ -103,7 +113,7 @@ class Notices:
                     await connection.send_command("PING", check_health=False)
                     ping = clock() + PING_SECONDS
                 self._has_changed.clear()
-                while self._changed:
+                while self._changed and self._serving is connection:
                     some = set(islice(self._changed, AT_ONCE))
                     self._changed -= some
                     await self._update(connection, some)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from typing import Any
 from uuid import uuid4
 
 import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
+from redis.asyncio.connection import AbstractConnection
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from api import hub as hub_module
@@ -342,6 +344,38 @@ async def test_coming_and_going_is_no_silence(store, settings, raw, metrics, mon
                 await changes.next(0.02)
         assert len(seen) == 1
     finally:
+        await hub.close()
+
+
+def deaf(connection: AbstractConnection) -> AbstractConnection:
+    """Its commands take a while and lose a cancellation meanwhile, as asyncio.wait_for can."""
+    send = connection.send_command
+
+    async def sending(*args: Any, **options: Any) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.1)
+        await send(*args, **options)
+
+    connection.send_command = sending
+    return connection
+
+
+async def test_a_cancellation_that_is_lost_stops_nothing(
+    store, worker, settings, raw, metrics, monkeypatch
+):
+    """A connection that is gone is given up, and who waits hears on the next; a hub can close."""
+    monkeypatch.setattr(notices, "PING_SECONDS", 0.05)
+
+    hub = Hub(store, lambda: deaf(lone_connection(settings)), 9, metrics.waiters)
+    hub.start()
+    job = await submitted(store, settings)
+    claim = worker.claim()
+    async with asyncio.timeout(2 * SOON):
+        async with watch(hub, job) as changes:
+            assert await changes.next()
+            raw.client_kill_filter(_type="pubsub")
+            complete(worker, settings, claim)
+            assert (await changes.next()).status is JobStatus.COMPLETED
         await hub.close()
 
 
