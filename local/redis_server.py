@@ -19,6 +19,7 @@ import redis
 from local.ports import free_port
 from local.processes import CannotRun, Spec
 
+MEND = Path(__file__).resolve().parents[1] / "deploy" / "redis" / "mend.sh"
 OLDEST_VERSION = (6, 2)
 NONE_FOUND = (
     "No Redis was found. Do one of these: install redis-server (or valkey-server) with your "
@@ -90,9 +91,13 @@ class RedisServer:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = self.folder / "redis.log"
         log.unlink(missing_ok=True)
+        check = self.folder / "redis-check-aof"  # what a server does when it has this name
+        check.unlink(missing_ok=True)
+        check.symlink_to(self.binary.absolute())
+        server = (str(self.binary), str(self._write_configuration()))
         return Spec(
             name="Redis",
-            argv=(str(self.binary), str(self._write_configuration())),
+            argv=(str(MEND), str(check), str(self.folder), *server),
             env=os.environ,
             ready=lambda: why_silent(self.url) is None,
             death_signal=signal.SIGTERM,  # it saves what it has

@@ -45,6 +45,9 @@ receivers                             zset    for ever           receiver (schem
                                                                  is due (ms)
 deliveries:<receiver>                 zset    while there are    job id -> when it is due (ms); of
                                                                  one under way, when its lease ends
+renewed                               string  for ever           which writes Redis had refused for
+                                                                 its disk when its file was last
+                                                                 written anew (shorter: is now)
 
 The prefix is a hash tag, so all keys share one slot. Records of unfinished work have no lifetime:
 they end when the work does. The broker's own keys (the list `transcriptions` and kombu's) are
@@ -70,6 +73,7 @@ LISTED = PREFIX + "listed"
 API_KEYS = PREFIX + "api_keys"
 UNDELIVERED = PREFIX + "undelivered"
 RECEIVERS = PREFIX + "receivers"
+RENEWED = PREFIX + "renewed"
 
 
 def job(job_id: str) -> str:

@@ -1,5 +1,5 @@
 """Repairs, from one thread of every worker process: leases that ended, bells that are missing, jobs
-that the store has lost, uploads that nobody needs, transcripts beyond the budget.
+that the store has lost, uploads that nobody needs, transcripts beyond the budget, Redis's file.
 
 Every step is idempotent, so any number of reapers may run, and none is needed in particular.
 """
@@ -16,6 +16,7 @@ from itertools import islice
 from shared.errors import StoreUnavailable
 from shared.settings import Settings
 from shared.storage import Storage
+from worker.full_disk import FileRenewal
 from worker.store import WorkerStore
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Reaper(threading.Thread):
         self._storage = storage
         self._settings = settings
         self._on_clean = on_clean
+        self._file = FileRenewal(store)
         self._stopping = threading.Event()
         self._ended: deque[tuple[float, tuple[str, ...]]] = deque()
         self._next_reconcile = 0.0
@@ -68,6 +70,7 @@ class Reaper(threading.Thread):
 
     def sweep(self) -> None:
         self.take_back_leases()
+        self._file.look()
         self.remove_ended()
         if time.monotonic() >= self._next_reconcile:
             began = time.monotonic()

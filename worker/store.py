@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
 from celery import Celery
@@ -18,7 +18,7 @@ from redis import BlockingConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
 from redis.exceptions import ConnectionError as NoConnection
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from shared import keys
@@ -41,6 +41,16 @@ VERBS = (
     "evict",
     "submit",
 )
+
+
+class AppendOnlyFile(NamedTuple):
+    """Of Redis. `refusals`: names the last write that it refused because it could not write that
+    file; empty: it never did."""
+
+    refusals: str
+    is_written: bool
+    is_rewriting: bool
+    is_rewritten: bool  # the last rewrite went well
 
 
 class WorkerStore:
@@ -215,6 +225,42 @@ class WorkerStore:
         with _translated():
             self._redis.delete(keys.worker(self.worker_id))
             self._redis.zrem(keys.WORKERS, self.worker_id)
+
+    def append_only_file(self) -> AppendOnlyFile | None:
+        """None where there is none, or Redis does not tell."""
+        with _translated():
+            pipe = self._redis.pipeline(transaction=False)
+            for section in ("server", "persistence", "errorstats"):
+                pipe.info(section)
+            try:
+                server, about, errors = pipe.execute()
+            except ResponseError:
+                return None
+        if not about["aof_enabled"]:
+            return None
+        count = errors.get("errorstat_MISCONF", {}).get("count", 0)
+        return AppendOnlyFile(
+            refusals=f"{server['run_id']} {count}" if count else "",
+            is_written=about["aof_last_write_status"] == "ok",
+            is_rewriting=bool(about["aof_rewrite_in_progress"] or about["aof_rewrite_scheduled"]),
+            is_rewritten=about["aof_last_bgrewrite_status"] == "ok",
+        )
+
+    def begin_renewal(self, refusals: str, lifetime_seconds: int) -> bool:
+        """Is it this worker that shall ask for a new file?"""
+        with _translated():
+            if self._redis.get(keys.RENEWED) == refusals:
+                return False
+            asked = self._redis.set(keys.RENEWED, refusals, ex=lifetime_seconds, get=True)
+            return asked != refusals
+
+    def rewrite_file(self) -> None:
+        with _translated():
+            self._redis.bgrewriteaof()
+
+    def note_renewal(self, refusals: str) -> None:
+        with _translated():
+            self._redis.set(keys.RENEWED, refusals)
 
     def close(self) -> None:
         self._redis.close()

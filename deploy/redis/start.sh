@@ -13,4 +13,4 @@ password=${REDIS_PASSWORD:-}
   # Without a password every address but loopback is refused, unless this is off.
   [ -n "$password" ] || echo "protected-mode no"
 } >/tmp/redis.conf
-exec redis-server /tmp/redis.conf
+exec /etc/whisper/mend.sh redis-check-aof /data redis-server /tmp/redis.conf

@@ -1,0 +1,63 @@
+#!/bin/sh
+# mend.sh CHECK FOLDER COMMAND...
+# Mends the append-only file below FOLDER where a full disk has broken it, then becomes COMMAND, a
+# Redis. CHECK is redis-check-aof, or a link of that name to the server.
+#
+# A Redis whose disk was full leaves a hole of zeros in its file, and does not start on it: since
+# version 7 it opens the file that a rewrite begins without O_APPEND (openNewIncrAofForAppend in its
+# src/aof.c), so what follows a write that it took back stands too far behind. Without the zeros all
+# is there. Where the disk was full again before the next rewrite, Redis took back too much, by as
+# many bytes as the holes have: the last commands before that are torn, and go with the zeros.
+set -eu
+export LC_ALL=C
+check=$1 folder=$2/appendonlydir
+shift 2
+
+# How far into standard input the first command behind zeros is; nothing if there is none.
+next_command() {
+  tr '\000\012\015' '\012@@' |
+    awk 'at && /^\*[0-9]+@@\$[0-9]+@@/ { print at; exit } { at += length($0) + 1 }'
+}
+
+no_zeros() {
+  tr -d '\000' | wc -c
+}
+
+remove() { # FILE FROM BYTES
+  torn=$(tail -c "+$(($2 + 1))" "$1" | head -c "$3" | no_zeros)
+  { head -c "$2" "$1" && tail -c "+$(($2 + $3 + 1))" "$1"; } >"$1.mended"
+  sync
+  mv "$1.mended" "$1"
+  echo "mend.sh: took $3 bytes out of $1 at $2: $(($3 - torn)) zeros, $((torn)) of torn commands"
+}
+
+mend() { # FILE
+  until said=$("$check" "$1" 2>&1); do
+    good=$(echo "$said" | sed -n 's/.*ok_up_to=\([0-9]*\).*/\1/p')
+    rest=$(($(wc -c <"$1") - ${good:?"$said"}))
+    bytes=$(tail -c "$rest" "$1" | next_command)
+    if [ -z "$bytes" ]; then
+      case $(tail -c "$rest" "$1" | no_zeros):$said in
+        0:*) ;;
+        *EOF* | *"Expected to read"*)
+          [ "$1" != "$last" ] || return 0 # Redis cuts a torn end of its last file by itself
+          tail -c "$rest" "$1" >"$1.torn"
+          ;;
+        *)
+          echo "mend.sh: $1 is broken at $good, and not by a full disk: $said" >&2
+          echo 'See "Redis does not start" in DEPLOYMENT.md.' >&2
+          exit 1
+          ;;
+      esac
+      bytes=$rest
+    fi
+    remove "$1" "$good" "$bytes"
+  done
+}
+
+if [ -e "$folder/appendonly.aof.manifest" ]; then
+  names=$(sed -n 's/^file \([^ ]*\) .*type i.*/\1/p' "$folder/appendonly.aof.manifest")
+  last=$folder/$(echo "$names" | tail -n 1)
+  for name in $names; do mend "$folder/$name"; done
+fi
+exec "$@"
