@@ -311,6 +311,23 @@ def redis_disk_full(chaos: Chaos) -> float:
     return time.monotonic()
 
 
+@fault(needs="disk")
+def redis_killed_after_its_disk_was_full(chaos: Chaos) -> float:
+    """What it writes then stands behind a hole, in a file that a rewrite has begun."""
+    world = chaos.world
+    world.raw.bgrewriteaof()
+    wait(1)
+    began = time.time()
+    ballast = world.fill("redis")
+    wait(chaos.chance.uniform(1, 4))
+    ballast.unlink()
+    wait(chaos.chance.uniform(0.5, 3))
+    world.kill(REDIS)
+    chaos.rollbacks.append((began - 2, time.time()))
+    world.revive(REDIS)
+    return time.monotonic()
+
+
 # --- the broker
 
 

@@ -100,6 +100,8 @@ class World:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.violations or any(error):  # its disk goes with this process
+            shutil.copytree(self.data / "redis", self.folder / "redis", symlinks=True)
         for name in self.service.supervisor.processes:
             self.service.kill(name, signal.SIGCONT)
         self._open.close()
