@@ -23,15 +23,27 @@ no_zeros() {
   tr -d '\000' | wc -c
 }
 
+# FILE becomes its first GOOD bytes and what is in FILE.rest.GOOD; again, if it was interrupted.
+join() { # FILE GOOD
+  dd if=/dev/null of="$1" bs=1 seek="$2" count=0 2>/dev/null
+  cat "$1.rest.$2" >>"$1"
+  sync
+  rm "$1.rest.$2"
+}
+
 remove() { # FILE FROM BYTES
   torn=$(tail -c "+$(($2 + 1))" "$1" | head -c "$3" | no_zeros)
-  { head -c "$2" "$1" && tail -c "+$(($2 + $3 + 1))" "$1"; } >"$1.mended"
+  tail -c "+$(($2 + $3 + 1))" "$1" >"$1.new"
   sync
-  mv "$1.mended" "$1"
+  mv "$1.new" "$1.rest.$2"
+  join "$1" "$2"
   echo "mend.sh: took $3 bytes out of $1 at $2: $(($3 - torn)) zeros, $((torn)) of torn commands"
 }
 
 mend() { # FILE
+  for rest in "$1".rest.*; do
+    [ ! -e "$rest" ] || join "$1" "${rest##*.}"
+  done
   until said=$("$check" "$1" 2>&1); do
     good=$(echo "$said" | sed -n 's/.*ok_up_to=\([0-9]*\).*/\1/p')
     rest=$(($(wc -c <"$1") - ${good:?"$said"}))
@@ -55,6 +67,7 @@ mend() { # FILE
   done
 }
 
+rm -f "$folder"/../temp-rewriteaof-*.aof # of rewrites whose Redis has died
 if [ -e "$folder/appendonly.aof.manifest" ]; then
   names=$(sed -n 's/^file \([^ ]*\) .*type i.*/\1/p' "$folder/appendonly.aof.manifest")
   last=$folder/$(echo "$names" | tail -n 1)

@@ -146,6 +146,23 @@ def test_it_starts_when_its_disk_was_full_again_and_again(disk):
     assert len(disk.told) - len(there) <= 4
 
 
+def test_mending_that_was_interrupted_goes_on(disk):
+    """Killed while it put a file together from its good beginning and the rest."""
+    wait_until(lambda: disk.about("aof_buffer_length") == 0)
+    good = disk.newest().stat().st_size
+    disk.tell()
+    wait_until(lambda: disk.about("aof_buffer_length") == 0)
+    disk.kill()
+    file = disk.newest()
+    whole = file.read_bytes()
+    file.with_name(f"{file.name}.rest.{good}").write_bytes(whole[good:])
+    file.write_bytes(whole[: good + 1000])
+    disk.start()
+    assert disk.serves(), disk.kill()
+    assert file.read_bytes() == whole
+    assert {name: disk.client.get(name) for name in disk.told} == disk.told
+
+
 def test_a_file_that_is_broken_otherwise_is_left_as_it_is(disk):
     """Nobody but its owner can say what may be thrown away."""
     wait_until(lambda: disk.about("aof_buffer_length") == 0)
