@@ -49,12 +49,10 @@ mend() { # FILE
     rest=$(($(wc -c <"$1") - ${good:?"$said"}))
     bytes=$(tail -c "$rest" "$1" | next_command)
     if [ -z "$bytes" ]; then
-      case $(tail -c "$rest" "$1" | no_zeros):$said in
+      case $(tail -c "$rest" "$1" | no_zeros):$1:$said in
         0:*) ;;
-        *EOF* | *"Expected to read"*)
-          [ "$1" != "$last" ] || return 0 # Redis cuts a torn end of its last file by itself
-          tail -c "$rest" "$1" >"$1.torn"
-          ;;
+        *:"$last":*) return 0 ;; # Redis itself cuts a torn end of its last file, or says what it is
+        *EOF* | *"Expected to read"* | *"got: 0d00"*) tail -c "$rest" "$1" >"$1.torn" ;;
         *)
           echo "mend.sh: $1 is broken at $good, and not by a full disk: $said" >&2
           echo 'See "Redis does not start" in DEPLOYMENT.md.' >&2

@@ -80,6 +80,21 @@ class Disk:
         self.client.bgrewriteaof()
         wait_until(lambda: not self.about("aof_rewrite_in_progress"), what="the rewrite ends")
 
+    def fail_to_rewrite(self) -> None:
+        self.client.config_set("rdb-key-save-delay", 100_000)
+        if not self.about("aof_rewrite_in_progress"):
+            self.client.bgrewriteaof()
+        os.kill(wait_until(lambda: next(children(self.popen.pid), None)), signal.SIGKILL)
+        wait_until(lambda: self.about("aof_last_bgrewrite_status") == "err")
+        self.client.config_set("rdb-key-save-delay", 0)
+
+    def two_files(self) -> list[Path]:
+        """Both with something in them."""
+        self.fail_to_rewrite()
+        self.tell()
+        wait_until(lambda: self.about("aof_buffer_length") == 0)
+        return sorted(self.folder.glob("*.incr.aof"))
+
     def fill(self) -> None:
         """Full in the middle of the next write, and then not full any more."""
         wait_until(lambda: self.about("aof_buffer_length") == 0)
@@ -163,11 +178,24 @@ def test_mending_that_was_interrupted_goes_on(disk):
     assert {name: disk.client.get(name) for name in disk.told} == disk.told
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3, 600])
+def test_a_torn_end_is_cut(disk, missing):
+    """Of the last file by Redis itself; of an earlier one it would not start."""
+    files = disk.two_files()
+    disk.kill()
+    for file in files:
+        os.truncate(file, file.stat().st_size - missing)
+    disk.start()
+    assert disk.serves(), disk.kill()
+    there = {name: disk.client.get(name) for name in disk.client.scan_iter()}
+    assert there.items() <= disk.told.items()
+    assert len(disk.told) - len(there) == 2
+
+
 def test_a_file_that_is_broken_otherwise_is_left_as_it_is(disk):
     """Nobody but its owner can say what may be thrown away."""
-    wait_until(lambda: disk.about("aof_buffer_length") == 0)
+    file, _ = disk.two_files()
     disk.kill()
-    file = disk.newest()
     broken = file.read_bytes().replace(b"$3\r\nSET", b"$x\r\nSET", 1)
     file.write_bytes(broken)
     disk.start()
@@ -203,9 +231,7 @@ def test_a_rewrite_that_fails_is_asked_for_again(disk, workers, monkeypatch):
     began = disk.about("aof_rewrites")
     disk.client.config_set("rdb-key-save-delay", 100_000)
     first.look()
-    os.kill(wait_until(lambda: next(children(disk.popen.pid), None)), signal.SIGKILL)
-    disk.client.config_set("rdb-key-save-delay", 0)
-    wait_until(lambda: disk.about("aof_last_bgrewrite_status") == "err")
+    disk.fail_to_rewrite()
 
     def asks_again() -> bool:
         second.look()
