@@ -29,6 +29,8 @@ from tests.chaos.world import (
 from tests.conftest import wait_until
 
 REDIS = "Redis"
+MOST_PREFETCHED = 2  # bells that a worker has taken and not begun: as many as it has slots
+CLAIM_SECONDS = 60  # after its network is back: then a worker has stopped without a word
 MOST_LOG_LINES = 1000  # what running out of something may write
 
 
@@ -360,29 +362,52 @@ def connections_cut(chaos: Chaos) -> float:
     return time.monotonic()
 
 
-@fault()
+@fault(needs="network")
 def network_cut(chaos: Chaos) -> float:
     """One worker and Redis hear nothing of each other for longer than a lease, and no error."""
-    network = chaos.world.network
-    network.cut()
+    chaos.world.network.cut()
     wait(LEASE_SECONDS + chaos.chance.uniform(1, 8))
-    network.heal()
-    return time.monotonic()
+    chaos.world.network.heal()
+    return claims_again(chaos.world)
 
 
-@fault()
+@fault(needs="network")
+def network_cut_for_long(chaos: Chaos) -> float:
+    """The same, until TCP's own pauses are long, and every connection was given up."""
+    chaos.world.network.cut()
+    wait(40)
+    chaos.world.network.heal()
+    return claims_again(chaos.world)
+
+
+@fault(needs="network")
+def network_unplugged(chaos: Chaos) -> float:
+    """The same, and the worker's kernel sees that the link is down."""
+    chaos.world.network.unplug()
+    wait(LEASE_SECONDS + chaos.chance.uniform(1, 8))
+    chaos.world.network.plug()
+    return claims_again(chaos.world)
+
+
+@fault(needs="network")
 def network_forgets(chaos: Chaos) -> float:
     """Connections of one worker that are open for ever, and dead; new ones work."""
-    world = chaos.world
-    world.network.cut()
+    chaos.world.network.cut()
     wait(chaos.chance.uniform(0.5, 2))
-    world.network.heal(forgets=True)
-    since = time.monotonic()
+    chaos.world.network.heal(forgets=True)
+    return claims_again(chaos.world)
 
-    def has_work() -> bool:
-        return bool(world.units_of(REMOTE_WORKER))
 
-    wait_until(has_work, 60, "the worker takes work again")
+def claims_again(world: World) -> float:
+    """Returns now, and waits until the worker behind the network claims work of which it can't have
+    heard before."""
+    since, before = time.monotonic(), world.claims_of_the_remote_worker()
+
+    def has_heard() -> bool:
+        return world.claims_of_the_remote_worker() > before + MOST_PREFETCHED
+
+    wait_until(has_heard, CLAIM_SECONDS, f"{REMOTE_WORKER} claims again")
+    print(f"{REMOTE_WORKER} claims again after {time.monotonic() - since:.1f} s")
     return since
 
 

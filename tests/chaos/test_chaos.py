@@ -75,7 +75,7 @@ def in_turn(world: World, chance: random.Random, chosen: str) -> Iterator[Fault]
         if each.needs in world.missing:
             print(f"left out: {each.name} ({world.missing[each.needs]})")
     able = [each for each in able if each.needs not in world.missing]
-    while True:
+    while able:
         yield from chance.sample(able, len(able))
 
 

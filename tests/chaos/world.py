@@ -26,10 +26,11 @@ from local.processes import Spec
 from local.redis_server import bundled_binary
 from local.service import Service, answers
 from shared import keys
-from tests.chaos.relay import Relay
+from tests.chaos.network import FAR, Network
 from tests.conftest import alive, wait_until
 from tests.deploy.nginx import Nginx, Resolver
 from tests.deploy.test_drain import ADDRESSES, replicas
+from tests.e2e.conftest import worker_metric
 
 LEASE_SECONDS = 6
 SETTINGS = {
@@ -87,12 +88,9 @@ class World:
                 self.service.redis_url, decode_responses=True, socket_timeout=5
             )
             stack.callback(self.raw.close)
-            redis_port = urlsplit(self.service.redis_url).port
-            self.network = stack.enter_context(Relay(redis_port))
-            for name in WORKERS[1:]:
-                port = self.network.port if name == REMOTE_WORKER else redis_port
-                url = self.service.redis_url.replace(f":{redis_port}/", f":{port}/")
-                assert self.service.add_worker({"redis_url": url}) == name
+            self.service.add_worker()
+            self._add_remote_worker(stack)
+            assert tuple(n for n in self.service.supervisor.processes if n in WORKERS) == WORKERS
             self._front(stack)
             self.service.wait_ready(90)
             wait_until(lambda: answers(self.url() + "/health/ready"), 15, "nginx knows them")
@@ -121,6 +119,28 @@ class World:
 
     def replica_url(self, number: int) -> str:
         return f"http://{ADDRESSES[number]}:{self.service.settings.port}"
+
+    def _add_remote_worker(self, stack: ExitStack) -> None:
+        """In a network of its own, where that can be had."""
+        port = urlsplit(self.service.redis_url).port
+        assert port
+        try:
+            self.network = stack.enter_context(Network(port))
+        except OSError as why:
+            self.missing["network"] = f"a link to cut needs root, ip, nsenter and nft ({why})"
+            self.service.add_worker()
+            return
+        spec = self.service.supervisor.processes["worker"].spec
+        url = self.service.redis_url.replace(f"@127.0.0.1:{port}/", f"@{FAR}:{port}/")
+        self.service.supervisor.add(
+            replace(
+                spec,
+                name=REMOTE_WORKER,
+                argv=(*self.network.near.enter, *spec.argv),
+                env={**spec.env, "REDIS_URL": url},
+                ready=lambda: self.network.near.call(spec.ready),
+            )
+        )
 
     def _front(self, stack: ExitStack) -> None:
         self._nginx_url = ""
@@ -192,6 +212,11 @@ class World:
     def units_of(self, worker: str) -> list[str]:
         leased = self.raw.zrange(keys.LEASES, 0, -1)
         return [unit for unit in leased if self.worker_at(unit) == worker]
+
+    def claims_of_the_remote_worker(self) -> float:
+        """How many claims of its own it knows of, since it was started; parts are not counted."""
+        name = "whisper_job_queue_wait_seconds_count"
+        return self.network.near.call(worker_metric, self.service, "worker", name)
 
     def busy_worker(self, chance: random.Random, deadline_seconds: float = 20) -> str:
         """One that transcribes at this moment; waits for one."""
