@@ -1,5 +1,5 @@
-"""What kombu does with messages that came to this worker and were not taken up when it closes a
-channel: it puts them back, and an error in that ends the worker and all that it transcribes."""
+"""What kombu does with messages of a channel that it closes: it puts those back that were not taken
+up, and acknowledges others later. An error in that ends the worker and all that it transcribes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Bells(redis.QoS):
-    """Puts them back where that is possible."""
+    """Does so where that is possible."""
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """A channel whose connection was lost twice has no address any more (kombu 5.7), and there
@@ -21,6 +21,13 @@ class Bells(redis.QoS):
             super().restore_unacked_once(stderr)  # type: ignore[no-untyped-call]
         except Exception as exc:
             log.warning("bells not put back: %r", exc, extra={"action": "bells_lost"})
+
+    def ack(self, delivery_tag: str) -> None:
+        """Not on a channel that is closed, or has lost its connection: its bells are put back, and
+        heard again at most."""
+        connection = self.channel.connection
+        if connection is not None and connection.client is not None:
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]
 
 
 def install() -> None:
