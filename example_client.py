@@ -353,6 +353,12 @@ class WhisperClient:
         """Cancels an unfinished job; erases a finished one."""
         return self._run(lambda client, _: client.cancel(job_id))
 
+    def retry(self, job_id: str) -> dict[str, Any]:
+        """Runs a job again that failed on the service's side, without a new upload; returns its
+        status. Raises NotFound, Expired (so is its upload), and RequestRejected with the code
+        job_not_failed or retry_in_vain."""
+        return self._run(lambda client, _: client.retry(job_id))
+
     def health(self) -> dict[str, Any]:
         """What the service says of itself, asked once; `status`: ok, degraded or unavailable."""
         return self._run(lambda client, _: client.health())
@@ -615,6 +621,10 @@ class AsyncWhisperClient:
     async def cancel(self, job_id: str) -> dict[str, Any]:
         """As WhisperClient.cancel."""
         return _answer_of(await self._call("DELETE", _path("jobs", job_id)), "status")
+
+    async def retry(self, job_id: str) -> dict[str, Any]:
+        """As WhisperClient.retry."""
+        return _answer_of(await self._call("POST", _path("jobs", job_id) + "/retry"), "status")
 
     async def health(self) -> dict[str, Any]:
         """As WhisperClient.health."""

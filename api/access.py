@@ -48,7 +48,7 @@ OPEN = frozenset(
 OPEN_FOLDER = "/static/"
 METRICS = ("/metrics", "/stats")  # and what begins so
 SPOKEN = "/v1/audio/"  # below it what is submitted is read at once
-NO_SUBMISSION = "/webhook/redeliver"  # how a POST ends that makes no job
+NO_SUBMISSION = ("/webhook/redeliver", "/cancel")  # how a POST ends that makes no job
 LIMITS: dict[str, type[LimitReached]] = {
     "rate": RateLimited,
     "jobs": TooManyJobs,

@@ -25,6 +25,7 @@ from api import (
     jobs,
     lists,
     monitoring,
+    retry,
     status,
     transcriptions,
     webhooks,
@@ -177,6 +178,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(status.router)
     app.include_router(events.router)
     app.include_router(jobs.router)
+    app.include_router(retry.router)
     app.include_router(audio.router)
     app.include_router(models.router)
     app.include_router(webhooks.router)

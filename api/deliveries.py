@@ -40,7 +40,7 @@ class Delivery:
 
     @property
     def webhook_id(self) -> str:
-        return webhook_id_of(self.job.job_id)
+        return webhook_id_of(self.job.job_id, self.job.retries)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class Outcome:
     pause_seconds: float = 0  # to the next attempt of one that stays pending
 
 
-def webhook_id_of(job_id: str) -> str:
-    """The same for every attempt, whoever makes it: receivers know by it what they have seen."""
-    return f"msg_{job_id.replace('-', '')}"
+def webhook_id_of(job_id: str, retries: int = 0) -> str:
+    """The same for every attempt, whoever makes it: receivers know by it what they have seen. The
+    end of a job that was retried is another event."""
+    return f"msg_{job_id.replace('-', '')}" + (f"_{retries}" if retries else "")
 
 
 class DeliveryStore:
@@ -127,7 +128,7 @@ class DeliveryStore:
         reply = await self._run("delivery", job_id, seen_by)
         if not reply:
             raise JobNotFound
-        receiver, fields, due_ms = reply
+        receiver, fields, due_ms, retries = reply
         if not receiver:
             raise WebhookNotFound
         record = pairs(fields)
@@ -135,7 +136,7 @@ class DeliveryStore:
         attempts = [_attempt(v) for name, v in record.items() if name.startswith("attempt:")]
         return JobWebhook(
             job_id=job_id,
-            webhook_id=webhook_id_of(job_id),
+            webhook_id=webhook_id_of(job_id, int(retries)),
             receiver=receiver,
             state=record.get("state", "pending"),
             attempts=sorted(attempts, key=lambda attempt: attempt.number),

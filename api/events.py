@@ -219,6 +219,6 @@ async def events(request: Request) -> ASGIApp:
     job = await state_of(request).store.read(job_id, caller_of(request).sees)
     audit(request, "events_read", job.job_id)
     request.scope["state"][WAITS] = True
-    if mark.is_the_end:
+    if mark.is_the_end and mark.status == job.status:  # else it was retried since
         return Response(status_code=204)
     return EventStream(request, job, mark)

@@ -143,6 +143,8 @@ async def end(request: Request, job_id: str, *, erases: bool = True) -> JobEnded
         # Before the record: an upload without one is a lost job, which a reaper submits again.
         await asyncio.to_thread(state.storage.remove, job_id)
         outcome, options = await state.store.erase(job_id, sees)
+    if outcome == "unfinished":  # it was retried in between
+        outcome, options, given_up = await state.store.cancel(job_id, sees)
     if outcome == "unknown":
         raise JobNotFound
     audit(request, f"job_{outcome}", job_id)

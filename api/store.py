@@ -30,6 +30,7 @@ from shared.errors import (
     DigestUnknown,
     IdempotencyConflict,
     JobExpired,
+    JobNotFailed,
     JobNotFound,
     LimitReached,
     RequestError,
@@ -90,6 +91,8 @@ LIMITS: dict[str, type[LimitReached]] = {"jobs": TooManyJobs, "audio": AudioMinu
 REFUSALS: dict[str, type[RequestError]] = {
     "conflict": IdempotencyConflict,
     "unknown": DigestUnknown,
+    "gone": JobNotFound,
+    "not_failed": JobNotFailed,
 }
 
 
@@ -170,10 +173,10 @@ class JobStore:
     ) -> Submission | None:
         """Queues, joins or answers from the cache, in one step; then rings for a worker. None: it
         would have to be queued, and more than `most_weight` waits already. `least`: hit, for an
-        answer from the cache or none; joined, for that or joining.
+        answer from the cache or none; joined, for that or joining; failed, to retry this very job.
 
-        Raises TooManyJobs, AudioMinutesUsed by its owner's `limits`, IdempotencyConflict,
-        DigestUnknown where there is not the `least`."""
+        Raises TooManyJobs, AudioMinutesUsed by its owner's `limits`, IdempotencyConflict; where
+        there is not the `least`, DigestUnknown, and of a retry JobNotFound, JobNotFailed."""
         outcome, other, *ms = await self._run(
             "submit",
             *manifest.identity,

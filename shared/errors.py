@@ -13,6 +13,7 @@ ServiceError
 │   ├── DigestUnknown         the file has to be uploaded
 │   ├── ListingOff            no list of jobs without API keys
 │   ├── JobNotFound, JobExpired, JobEndedAlready, BatchNotFound, WebhookNotFound
+│   ├── JobNotFailed, RetryInVain, UploadGone   there is nothing to retry
 │   ├── ModelNotFound         no model of that name is loaded
 │   └── ResultNotReady, JobFailed, JobCancelled   the job has no result (yet)
 ├── Unavailable               our side can't serve now; the same request may work later
@@ -29,10 +30,11 @@ ServiceError
 ├── MediaError                the file can't be transcribed, however often it is tried
 │   └── UnreadableMedia, NoAudioStream, TruncatedMedia, AudioTooLong, AudioTooShort
 ├── TranscriptionError        the work failed on our side
-│   └── WorkerLost, InputMissing, EngineFailure, HandbackLimit
+│   └── WorkerLost, InputMissing, EngineFailure, TimeLimit, HandbackLimit
 └── ModelUnavailable, DecoderUnavailable, InvalidSettings   ends start-up with one sentence
 
-The class docstring is the default message; `code` is the stable name that clients switch on.
+The class docstring is the default message; `code` is the stable name that clients switch on;
+`retryable`: the same again may succeed. The upload of a job that failed so is kept for its retry.
 """
 
 from __future__ import annotations
@@ -243,6 +245,24 @@ class JobEndedAlready(RequestError):
     code = "job_ended"
 
 
+class JobNotFailed(RequestError):
+    """The job has not failed, so there is nothing to retry."""
+
+    code = "job_not_failed"
+
+
+class RetryInVain(RequestError):
+    """The job failed because of its file, and would fail again. Submit another file."""
+
+    code = "retry_in_vain"
+
+
+class UploadGone(RequestError):
+    """The job's upload is not kept any more, so it can't be retried. Submit the file again."""
+
+    code = "upload_gone"
+
+
 class JobCancelled(RequestError):
     """The job was cancelled, so it has no result. Submit the file again to transcribe it."""
 
@@ -391,6 +411,7 @@ class InputMissing(TranscriptionError):
     """The uploaded file is no longer in storage. Submit it again."""
 
     code = "input_missing"
+    retryable = False
 
 
 class EngineFailure(TranscriptionError):

@@ -17,7 +17,8 @@ be joined.
 
 A transcription moves only in shared/lua/*.lua, whose scripts check the arrow and act in one step. A
 job has no moves of its own: it shows its transcription's status until that ends, then keeps the
-end for itself, so a later run of the same file can't change what a caller was told.
+end for itself, so a later run of the same file can't change what a caller was told. One that failed
+may be retried: submit forgets its end, and it enters again.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ class Job:
     is_expired: bool
     error_code: str
     error_message: str
+    retries: int  # how often it failed and was retried
 
     @classmethod
     def of(cls, job_id: str, reply: list[Any]) -> Job:
@@ -163,6 +165,7 @@ class Job:
             is_expired=is_past or is_gone,
             error_code=job.get("error_code", ""),
             error_message=job.get("error_message", ""),
+            retries=int(job.get("retries", 0)),
         )
 
     @property

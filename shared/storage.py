@@ -1,4 +1,5 @@
-"""Where uploads rest: one folder for each unfinished job, owned by that job alone.
+"""Where uploads rest: one folder for each job that is unfinished or may be retried, owned by that
+job alone.
 
     <data dir>/uploads/<job id>/audio            the bytes as received, complete
                                 audio.part       an upload that is still arriving
@@ -6,10 +7,10 @@
                                 transcript.json  finished work that could not be committed yet
     <data dir>/parts/<fingerprint>/<number>.npz  speech of a part of a long recording
 
-Whoever ends a job removes its folder: nothing is shared, so nothing is counted or locked, and a job
-that joins another one's transcription keeps its own way back (a hard link, so no second copy). A
-folder without a job record is either an upload under way or a job that Redis has lost; the manifest
-tells which.
+Whoever ends a job for good removes its folder: nothing is shared, so nothing is counted or locked,
+and a job that joins another one's transcription keeps its own way back (a hard link, so no second
+copy). A folder without a job record is either an upload under way or a job that Redis has lost; the
+manifest tells which.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Manifest:
     model: str
     size_bytes: int = 0  # of the audio
     owner: str = ""  # name of the API key that it was submitted with; '' without keys
-    # What the job's record keeps besides: JobOptions.record(), its batch, its Idempotency-Key.
+    # What the job's record keeps besides: JobOptions.record(), its batch, its Idempotency-Key, how
+    # often it was retried.
     job_options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -90,8 +92,14 @@ class Storage:
         part = folder / "audio.part"
         _sync(part)
         part.rename(folder / "audio")
-        _write(folder / "manifest.json", json.dumps(asdict(manifest)).encode())
+        self.keep_manifest(manifest)
         _sync(self.root)
+
+    def keep_manifest(self, manifest: Manifest) -> None:
+        """In the place of the one that the upload has. Raises OSError, for one when the upload is
+        gone."""
+        content = json.dumps(asdict(manifest)).encode()
+        _write(self.folder(manifest.job_id) / "manifest.json", content)
 
     def borrow_audio(self, leaders: Iterable[str], job_id: str) -> int | None:
         """Takes the bytes of the first of these jobs that still has them as what has arrived for

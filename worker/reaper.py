@@ -82,8 +82,8 @@ class Reaper(threading.Thread):
         self._on_clean("transcript", evicted)
 
     def remove_ended(self) -> None:
-        """Of those that the store still knows as ended; the others are left to
-        `reconcile_uploads`."""
+        """Of those that the store still knows as ended; the others, and those that may be retried,
+        are left to `reconcile_uploads`."""
         while self._ended and self._ended[0][0] <= time.monotonic():
             job_ids = self._ended[0][1]
             states = self._store.job_states(job_ids)
@@ -104,7 +104,8 @@ class Reaper(threading.Thread):
             self._store.ring(missing)
 
     def reconcile_uploads(self) -> None:
-        """Compares the folders on disk with the store: what is unfinished must be known there.
+        """Compares the folders on disk with the store: what is unfinished must be known there. What
+        may be retried stays until its retention ends.
 
         Takes at most a twentieth of this thread's time, however many folders there are.
         """

@@ -23,8 +23,8 @@ from redis.retry import Retry
 
 from shared import keys
 from shared.broker import QUEUE_NAME, doorbell
-from shared.errors import HandbackLimit, ServiceError, StoreUnavailable, WorkerLost
-from shared.jobs import Claim
+from shared.errors import HandbackLimit, ServiceError, StoreUnavailable, WorkerLost, failure_of
+from shared.jobs import Claim, JobStatus
 from shared.scripts import has_script_flags, source
 from shared.settings import Settings
 from shared.storage import Manifest
@@ -41,6 +41,7 @@ VERBS = (
     "evict",
     "submit",
 )
+STATE_FIELDS = ["fingerprint", "status", "error_code", "expires_ms"]
 
 
 class AppendOnlyFile(NamedTuple):
@@ -188,16 +189,14 @@ class WorkerStore:
             return bool(self._redis.hexists(keys.transcription(fingerprint), "parts"))
 
     def job_states(self, job_ids: Sequence[str]) -> list[str]:
-        """For each id: unknown | unfinished | finished."""
+        """For each id: unknown | unfinished | retryable | finished."""
         with _translated():
             pipe = self._redis.pipeline(transaction=False)
+            pipe.time()  # the first: nothing that has expired then can be retried any more
             for job_id in job_ids:
-                pipe.hmget(keys.job(job_id), ["fingerprint", "status"])
-            rows = pipe.execute()
-        return [
-            "unknown" if not fingerprint else "finished" if status else "unfinished"
-            for fingerprint, status in rows
-        ]
+                pipe.hmget(keys.job(job_id), STATE_FIELDS)
+            (seconds, _), *records = pipe.execute()
+        return [state_of(int(seconds) * 1000, *record) for record in records]
 
     def ring(self, missing: int) -> None:
         """Pushes so many bells."""
@@ -321,6 +320,19 @@ class WorkerStore:
                     for name in VERBS
                 }
             return self._scripts[verb]
+
+
+def state_of(
+    now_ms: int, fingerprint: str | None, status: str | None, code: str, expires_ms: str | None
+) -> str:
+    """As `job_states` has it, from the values of STATE_FIELDS."""
+    if not fingerprint:
+        return "unknown"
+    if not status:
+        return "unfinished"
+    is_kept = int(expires_ms or 0) > now_ms
+    is_retryable = status == JobStatus.FAILED and failure_of(code, "").retryable
+    return "retryable" if is_kept and is_retryable else "finished"
 
 
 @contextmanager

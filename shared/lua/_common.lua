@@ -297,6 +297,17 @@ local function end_job(id, now, status, code, message, facts, retention_ms, grac
   return true, owner
 end
 
+-- A job that has ended goes, as if it had never been, to enter again: what end_job() noted is taken
+-- back. Its webhook is told of the next end instead.
+local function forget_end(id)
+  local fp, owner, of_batch, url = unpack(redis.call('HMGET', job(id), 'fingerprint', 'owner', 'batch',
+    'webhook_url'))
+  redis.call('ZREM', LISTED, listed_as(id, owner, of_batch))
+  redis.call('SREM', holders(fp), id)
+  if url then stop_delivery(receiver_of(url), id) end
+  redis.call('DEL', job(id), delivery(id))
+end
+
 -- Ends a transcription and every job that holds it. Each of their owners pays once for a transcript.
 -- Returns the ids of those jobs.
 local function end_transcription(fp, now, status, code, message, retention_ms, grace_ms)

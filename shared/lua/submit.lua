@@ -6,10 +6,12 @@
 --       10 the most weight that may wait before it  11, 12 the most jobs and the most audio (ms) of
 --       the owner: limit_reached(). '' is no limit
 --       13 the least that must be there: hit (a transcript) | joined (or one in flight) | '' (nothing)
+--       | failed (the job itself, failed, and retried one time less than `retries` says: it enters again)
 --       14... names and values that the job's record keeps, in turn (Manifest.told)
 -- returns  {outcome, id, ms}: outcome is new | joined | hit | exists, or (nothing was written) replayed
---          | conflict | unknown | full | jobs | audio; id is that of another job that holds the same
---          input ('' if none), or of the job that entered with the same key; ms: as limit_reached()
+--          | conflict | unknown | gone | not_failed | full | jobs | audio; id is that of another job that
+--          holds the same input ('' if none), or of the job that entered with the same key; ms: as
+--          limit_reached()
 local LEAST_WEIGHT = 65536 -- the shortest clip costs as much as 30 s of audio
 local id, fp, owner = ARGV[1], ARGV[2], ARGV[7]
 local retention_ms, grace_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
@@ -17,13 +19,22 @@ local most_weight = tonumber(ARGV[10])
 local now = now_ms()
 local told = {}
 for n = 14, #ARGV, 2 do told[ARGV[n]] = ARGV[n + 1] end
-if redis.call('EXISTS', job(id)) == 1 then return {'exists', ''} end
+local is_retry = ARGV[13] == 'failed'
+if is_retry then
+  if is_gone(id, now) then return {'gone', ''} end
+  local status, retries = unpack(redis.call('HMGET', job(id), 'status', 'retries'))
+  if status ~= 'failed' or tonumber(retries or '0') + 1 ~= tonumber(told.retries) then
+    return {'not_failed', ''}
+  end
+elseif redis.call('EXISTS', job(id)) == 1 then
+  return {'exists', ''}
+end
 
 local key, number = told.idempotency and idempotency(told.idempotency), told.batch_number or '0'
 if key then
   local request, of_batch, first = unpack(redis.call('HMGET', key, 'request', 'batch', number))
   if request and request ~= told.request then return {'conflict', ''} end
-  if first and not is_gone(first, now) then return {'replayed', first} end
+  if first and first ~= id and not is_gone(first, now) then return {'replayed', first} end
   told.batch = of_batch or told.batch
 end
 
@@ -41,6 +52,7 @@ if outcome == 'new' and most_weight
   return {'full', ''}
 end
 
+if is_retry then forget_end(id) end
 local leader = outcome == 'joined' and redis.call('SRANDMEMBER', holders(fp)) or ''
 redis.call('HSET', job(id), 'fingerprint', fp, 'submitted_ms', digits(now), 'outcome', outcome)
 for name, value in pairs(told) do redis.call('HSET', job(id), name, value) end

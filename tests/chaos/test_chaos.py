@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from local.processes import CannotRun
+from shared import keys
+from shared.errors import WorkerLost
 from tests.chaos.faults import FAULTS, Chaos, Fault
 from tests.chaos.ledger import Crowd, Job, Ledger, User, clips, recording
 from tests.chaos.listener import SETTINGS, Listener
@@ -131,11 +133,14 @@ def tell(ledger: Ledger, rounds: list[Round]) -> None:
 
 
 def left_behind(world: World) -> list[str]:
-    """Complete uploads that stay on the disk after their jobs have ended."""
+    """Complete uploads that stay on the disk after their jobs have ended, but for those that are
+    kept for a retry."""
     uploads = world.data / "uploads"
 
     def complete() -> list[str]:
-        return [path.parent.name for path in uploads.glob("*/manifest.json")]
+        ids = [path.parent.name for path in uploads.glob("*/manifest.json")]
+        codes = {job_id: world.raw.hget(keys.job(job_id), "error_code") for job_id in ids}
+        return [job_id for job_id in ids if codes[job_id] != WorkerLost.code]
 
     try:
         wait_until(lambda: not complete(), SWEPT_SECONDS, "uploads are removed")

@@ -326,6 +326,7 @@ def test_unfinished_jobs_and_audio_are_limited(service, holder, raw_of, tmp_path
         refused = caller.http.post("/transcribe", files={"file": file})
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_jobs")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert caller.http.post(f"/jobs/{uuid4()}/cancel").status_code == 404, "that makes room"
     raw_of(service).delete(keys.unfinished(name))
     seen = caller.wait(caller.submit(variant(tmp_path / "a.wav", 5))["job_id"])
     assert int(raw_of(service).get(keys.audio_used(name))) == round(seen["duration"] * 1000)

@@ -66,7 +66,8 @@ def begun(start, tmp_path):
 
 @pytest.mark.parametrize("vad_filter", ["true", "false"], ids=["batched", "sequential"])
 def test_a_run_that_takes_too_long_is_ended(start, tmp_path, vad_filter):
-    """The job fails with a reason, once, and the worker goes on with the next one."""
+    """The job fails with a reason, once, and the worker goes on with the next one. Its upload is
+    kept, until it is erased."""
     service, client = start(worker_slots="1", max_run_seconds="2")
     job = client.submit(long_file(tmp_path / "long.wav"), language="en", vad_filter=vad_filter)
     status = client.wait(job["job_id"], "failed", within=30)
@@ -76,7 +77,9 @@ def test_a_run_that_takes_too_long_is_ended(start, tmp_path, vad_filter):
     next_job = client.submit(FOX)["job_id"]
     client.wait(next_job)
     assert client.text(next_job) == FOX_WORDS
-    wait_until(lambda: leftovers(service) == [], 10, "the uploads are gone")
+    wait_until(lambda: leftovers(service) == [job["job_id"]], 10, "the other upload is gone")
+    client.http.delete(f"/jobs/{job['job_id']}")
+    assert leftovers(service) == []
 
 
 def test_a_killed_worker_s_job_completes_after_its_restart(begun, tmp_path):

@@ -1199,6 +1199,22 @@ async def test_cancel_deletes_the_job(server: Server) -> None:
             await client.cancel("")
 
 
+async def test_a_failed_job_is_retried(server: Server) -> None:
+    server.on(
+        "POST /jobs/job-1/retry",
+        job("queued"),
+        problem(409, "job_not_failed"),
+        problem(410, "upload_gone"),
+    )
+    async with AsyncWhisperClient(server.url) as client:
+        assert (await client.retry("job-1"))["status"] == "queued"
+        with pytest.raises(RequestRejected) as refused:
+            await client.retry("job-1")
+        assert refused.value.code == "job_not_failed"
+        with pytest.raises(Expired):
+            await client.retry("job-1")
+
+
 async def test_health_reports_an_unwell_service_and_raises_for_anything_else(
     server: Server,
 ) -> None:
