@@ -8,7 +8,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test compose-test chaos soak hostile audit bench check format lock clean
+.PHONY: help demo run test compose-test chaos overload soak hostile audit bench check format lock clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compos
 
 chaos: $(VENV)/.installed-dev ## break the running service for SECONDS (300), in an order of SEED (Linux, root)
 	@$(BIN)/python -m pytest tests/chaos/test_chaos.py tests/chaos/test_resume.py -m chaos -s
+
+overload: $(VENV)/.installed-dev ## one of three callers sends ten times too much, for SECONDS (120)
+	@$(BIN)/python -m pytest tests/chaos/test_overload.py -m chaos -s
 
 soak: $(VENV)/.installed-dev ## steady load for MINUTES (20): memory and descriptors must stay flat
 	@$(BIN)/python -m pytest tests/chaos/test_soak.py -m chaos -s

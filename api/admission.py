@@ -1,10 +1,11 @@
 """Whether an upload may come in: is there room on the disk, in Redis, and in the queue?
 
 The queue is measured in time: how long would a job that comes now wait? That is the weight of what
-waits (bytes of the uploads: their durations are not known before a worker has decoded them), times
-the time that a slot took for the weight that was completed lately, over the slots of the workers
-that live. While nothing was ever completed, or no worker was ever seen, it is unknown, and the
-queue refuses nobody.
+goes before it (bytes of the uploads: their durations are not known before a worker has decoded
+them), times the time that a slot took for the weight that was completed lately, over the slots of
+the workers that live. While nothing was ever completed, or no worker was ever seen, it is unknown,
+and the queue refuses nobody. What goes before it depends on who sends it: whoever has nothing
+waiting is next, however much others have.
 
 Asked twice. Before the body is read, so that it need not be sent; except a small one, which may be
 of a file that is done or under way, and such an upload is welcome however long the queue is. And in
@@ -41,17 +42,18 @@ class Admission:
         self._look: asyncio.Task[Snapshot] | None = None
         self._looked_at = 0.0
 
-    async def before_body(self, announced_bytes: int | None) -> None:
+    async def before_body(self, announced_bytes: int | None, owner: str) -> None:
         """Raises StorageFull, StoreUnavailable, StoreFull, QueueFull. None: the length was not
-        announced."""
+        announced. `owner`: as JobStore's, the caller's name."""
         if self._storage.free_bytes() - (announced_bytes or 0) < self._settings.min_free_disk_bytes:
             raise StorageFull
         await self._store.admit()
         if announced_bytes is not None and announced_bytes <= READ_ANYWAY_BYTES:
             return
-        look, limit = await self.look(), self._settings.max_queue_seconds
-        if limit and (look.wait_seconds or 0) > limit:
-            raise self._refusal(look)
+        limit = self._settings.max_queue_seconds or inf
+        wait_seconds = await self._wait_seconds(owner, limit)
+        if wait_seconds > limit:
+            raise self._refusal(wait_seconds)
 
     def reserved(self) -> None:
         """To be called when the upload has its place on the disk: what is free now is free for
@@ -72,16 +74,17 @@ class Admission:
         limit = min(self._settings.max_queue_seconds or inf, patience_seconds)
         most_weight = look.weight_of_wait(limit) if limit < inf else None
         submission = await self._store.submit(manifest, most_weight, limits, least)
-        if submission is None:
-            raise self._refusal(look, patience_seconds)
+        if submission.outcome == "full":
+            wait_seconds = look.wait_behind(submission.weight_before) or 0
+            raise self._refusal(wait_seconds, patience_seconds)
         return submission
 
-    async def lateness(self, patience_seconds: float) -> WaitTooLong | None:
+    async def lateness(self, owner: str, patience_seconds: float) -> WaitTooLong | None:
         """What to tell a caller who would give up before its turn; None: it comes in time."""
-        look = await self.look()
-        if (look.wait_seconds or 0) <= patience_seconds:
+        wait_seconds = await self._wait_seconds(owner, patience_seconds)
+        if wait_seconds <= patience_seconds:
             return None
-        return too_long(look, patience_seconds)
+        return too_long(wait_seconds, patience_seconds)
 
     async def look(self) -> Snapshot:
         """The queue and the workers, about now: all requests of a second share one look, but for
@@ -92,15 +95,25 @@ class Admission:
             self._look, self._looked_at = asyncio.create_task(self._store.snapshot()), now
         return await asyncio.shield(self._look)  # who leaves early takes it from nobody
 
-    def _refusal(self, look: Snapshot, patience_seconds: float = inf) -> QueueFull | WaitTooLong:
+    async def _wait_seconds(self, owner: str, limit_seconds: float) -> float:
+        """How long a job that this caller sends now would wait, at most. Who is asked is the queue
+        as a whole, which is cheap, and the store only where that waits longer than the limit."""
+        look = await self.look()
+        if (look.wait_seconds or 0) <= limit_seconds:
+            return look.wait_seconds or 0
+        return look.wait_behind(await self._store.weight_before(owner)) or 0
+
+    def _refusal(
+        self, wait_seconds: float, patience_seconds: float = inf
+    ) -> QueueFull | WaitTooLong:
         limit = self._settings.max_queue_seconds or inf
         if patience_seconds < limit:
-            return too_long(look, patience_seconds)
-        return QueueFull(retry_after_seconds=retry_after(look.wait_seconds or 0, limit))
+            return too_long(wait_seconds, patience_seconds)
+        return QueueFull(retry_after_seconds=retry_after(wait_seconds, limit))
 
 
-def too_long(look: Snapshot, patience_seconds: float) -> WaitTooLong:
-    return WaitTooLong(retry_after_seconds=retry_after(look.wait_seconds or 0, patience_seconds))
+def too_long(wait_seconds: float, patience_seconds: float) -> WaitTooLong:
+    return WaitTooLong(retry_after_seconds=retry_after(wait_seconds, patience_seconds))
 
 
 def _tells(look: asyncio.Task[Snapshot]) -> bool:

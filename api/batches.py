@@ -130,7 +130,7 @@ async def take_files(
     announced = announced_bytes(request)
     if (announced or 0) > most_bytes + OVERHEAD_BYTES:
         raise batch_too_large(most_bytes)
-    await state.admission.before_body(announced)
+    await state.admission.before_body(announced, caller_of(request).name)
 
     async def next_place() -> Path:
         taken.append(await places.enter_async_context(place_for(state)))

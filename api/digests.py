@@ -90,7 +90,7 @@ async def by_digest(request: Request, response: Response) -> JobAccepted:
         fields = await read_fields(request, state.settings.upload_patience_seconds)
         arrival = arrival_of(request, fields)
         told = idempotency.told(request, arrival.content)
-        await state.admission.before_body(0)
+        await state.admission.before_body(0, caller_of(request).name)
         async with place_for(state) as place:
             fingerprint = fingerprint_of(arrival, caller_of(request).name, state.settings)
             _, holders = await state.store.known(fingerprint)

@@ -63,13 +63,13 @@ class Fetcher:
         self._metrics = metrics
         self._turns = asyncio.Semaphore(AT_A_TIME)
 
-    async def fetch(self, text: str, path: Path) -> Fetched:
-        """What is at this address goes to `path`. Raises UrlNotAllowed, UrlUnreachable, UrlStatus,
-        UrlTooSlow, TooManyFetches, FileTooLarge, NotAudio, EmptyFile, StorageFull, OSError, and
-        what Admission.before_body raises."""
+    async def fetch(self, text: str, path: Path, owner: str) -> Fetched:
+        """What is at this address goes to `path`, to be a job of `owner`. Raises UrlNotAllowed,
+        UrlUnreachable, UrlStatus, UrlTooSlow, TooManyFetches, FileTooLarge, NotAudio, EmptyFile,
+        StorageFull, OSError, and what Admission.before_body raises."""
         result = "other"
         try:
-            fetched = await self._in_time(text, path)
+            fetched = await self._in_time(text, path, owner)
             result = "fetched"
             return fetched
         except ServiceError as exc:
@@ -78,13 +78,13 @@ class Fetcher:
         finally:
             self._metrics.fetches.labels(result).inc()
 
-    async def _in_time(self, text: str, path: Path) -> Fetched:
+    async def _in_time(self, text: str, path: Path, owner: str) -> Fetched:
         url = self._egress.check("url", text, only_https=False)
         begun = False
         try:
             async with asyncio.timeout(self._settings.fetch_seconds), self._turns:
                 begun = True
-                return await self._follow(url, path)
+                return await self._follow(url, path, owner)
         except TimeoutError as exc:
             if not begun:
                 raise TooManyFetches(retry_after_seconds=RETRY_AFTER_SECONDS) from exc
@@ -93,11 +93,11 @@ class Fetcher:
                 "what this server gives it. Download it, and upload it."
             ) from exc
 
-    async def _follow(self, url: httpx2.URL, path: Path) -> Fetched:
+    async def _follow(self, url: httpx2.URL, path: Path, owner: str) -> Fetched:
         for _ in range(MAX_REDIRECTS + 1):
             async with self._egress.ask("GET", url, {"Accept": "*/*"}) as answer:
                 if answer.status not in REDIRECTS:
-                    fetched = await self._take(answer, path)
+                    fetched = await self._take(answer, path, owner)
                     log.info(
                         "fetched",
                         extra={
@@ -121,7 +121,7 @@ class Fetcher:
         only_https = url.scheme == "https"  # who named it relies on that
         return self._egress.check("url (redirected)", target, only_https=only_https)
 
-    async def _take(self, answer: Answer, path: Path) -> Fetched:
+    async def _take(self, answer: Answer, path: Path, owner: str) -> Fetched:
         if answer.status != 200:
             raise UrlStatus(
                 f"The server at this address answered with status {answer.status}, not with the "
@@ -138,7 +138,7 @@ class Fetcher:
         announced_bytes = int(announced[:20]) if is_number else None
         if (announced_bytes or 0) > most_bytes:
             raise too_large(most_bytes)
-        await self._admission.before_body(announced_bytes)
+        await self._admission.before_body(announced_bytes, owner)
         await asyncio.to_thread(self._storage.reserve, path, announced_bytes or most_bytes)
         self._admission.reserved()
         try:

@@ -130,7 +130,7 @@ async def take_in(
     with refusing(state):
         if (announced_bytes or 0) > most_bytes + FORM_OVERHEAD_BYTES:
             raise too_large(most_bytes)
-        await state.admission.before_body(announced_bytes)
+        await state.admission.before_body(announced_bytes, caller_of(request).name)
         async with place_for(state, announced_bytes) as place:
             arrival = await source(place.path)
             told = idempotency.told(request, arrival.content)

@@ -203,7 +203,7 @@ class _FromStore:
             ),
             (
                 "whisper_queue_wait_seconds",
-                "How long a job that comes now would wait; absent while nobody knows",
+                "How long a job that comes now would wait at most; absent while nobody knows",
                 self.snapshot.wait_seconds,
             ),
         ):

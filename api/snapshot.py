@@ -33,13 +33,18 @@ class Snapshot:
 
     @property
     def wait_seconds(self) -> float | None:
-        """How long a job that comes now would wait. None: nobody knows yet."""
-        if self.backlog_seconds is None or not self.slots:
+        """How long a job that comes now would wait, if all that waits went before it: the longest
+        that anybody's would. None: nobody knows yet."""
+        return self.wait_behind(self.backlog)
+
+    def wait_behind(self, weight: int) -> float | None:
+        """How long a job would wait before which so much goes. None: nobody knows yet."""
+        if self.slot_seconds is None or not self.slots:
             return None
-        return self.backlog_seconds / self.slots
+        return weight * self.slot_seconds / self.slots
 
     def weight_of_wait(self, seconds: float) -> int | None:
-        """How much may wait when nobody shall wait longer than that. None: nobody knows yet."""
+        """How much may go before who shall not wait longer than that. None: nobody knows yet."""
         if not self.slot_seconds or not self.slots:
             return None
         return int(seconds * self.slots / self.slot_seconds)

@@ -47,7 +47,7 @@ from shared.storage import Manifest
 
 log = logging.getLogger(__name__)
 
-VERBS = ("submit", "known", "read", "list", "cancel", "erase")
+VERBS = ("submit", "before", "known", "read", "list", "cancel", "erase")
 JOBS_AT_ONCE = 200
 TRANSCRIPTS_AT_ONCE = 16  # each may have some MB
 RETRY_AFTER_SECONDS = 5
@@ -60,8 +60,9 @@ ADMIT_BELOW = 0.75  # of maxmemory
 class Submission:
     """What submit found."""
 
-    outcome: str  # new | joined | hit | replayed
+    outcome: str  # new | joined | hit | replayed | full (it would wait too long)
     other: str  # id of a job that holds the same input, or that the request made before; '' if none
+    weight_before: int = 0  # full: how much would go before it
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,15 @@ class JobStore:
         most_weight: int | None = None,
         limits: Limits = NO_LIMITS,
         least: str = "",
-    ) -> Submission | None:
-        """Queues, joins or answers from the cache, in one step; then rings for a worker. None: it
-        would have to be queued, and more than `most_weight` waits already. `least`: hit, for an
-        answer from the cache or none; joined, for that or joining; failed, to retry this very job.
+    ) -> Submission:
+        """Queues, joins or answers from the cache, in one step; then rings for a worker. Not if it
+        would have to be queued, and more than `most_weight` would go before it: then it is `full`.
+        `least`: hit, for an answer from the cache or none; joined, for that or joining; failed, to
+        retry this very job.
 
         Raises TooManyJobs, AudioMinutesUsed by its owner's `limits`, IdempotencyConflict; where
         there is not the `least`, DigestUnknown, and of a retry JobNotFound, JobNotFailed."""
-        outcome, other, *ms = await self._run(
+        outcome, other, *number = await self._run(
             "submit",
             *manifest.identity,
             self._settings.retention_ms,
@@ -189,9 +191,9 @@ class JobStore:
             *chain(*manifest.job_options.items()),
         )
         if outcome == "full":
-            return None
+            return Submission(outcome, other, number[0])
         if outcome in LIMITS:
-            raise LIMITS[outcome](retry_after_seconds=ceil(ms[0] / 1000))
+            raise LIMITS[outcome](retry_after_seconds=ceil(number[0] / 1000))
         if outcome in REFUSALS:
             raise REFUSALS[outcome]
         if outcome == "exists":
@@ -199,6 +201,10 @@ class JobStore:
         if outcome == "new":
             await self._ring(short(manifest.fingerprint))
         return Submission(outcome, other)
+
+    async def weight_before(self, owner: str) -> int:
+        """How much goes before what this caller would send now, at most."""
+        return int(await self._run("before", owner))
 
     async def known(self, fingerprint: str) -> tuple[str, list[str]]:
         """new | joined | hit, as a submission would be, and for joined some of the jobs that it

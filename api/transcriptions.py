@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from api import idempotency
+from api.access import caller_of
 from api.dependencies import state_of
 from api.errors import answers
 from api.fetch import Fetched
@@ -64,7 +65,7 @@ async def transcribe(request: Request, response: Response) -> JobAccepted:
         options, job = options_of(fields)
         if url:
             job = with_checked_webhook(job, state.egress)  # before anything is fetched
-            arrived = await state.fetcher.fetch(url, path)
+            arrived = await state.fetcher.fetch(url, path, caller_of(request).name)
         assert arrived
         return Arrival(arrived.checksum, arrived.size_bytes, options, job, url=url)
 

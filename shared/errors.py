@@ -289,8 +289,8 @@ class StoreFull(Unavailable):
 
 
 class QueueFull(Unavailable):
-    """More work waits than can be done in the time that this server promises; nothing was kept. \
-Try again after the time that Retry-After names."""
+    """More of yours waits than can be done in the time that this server promises; nothing was \
+kept. Try again after the time that Retry-After names."""
 
     code = "queue_full"
 

@@ -91,7 +91,7 @@ class JobOptions(BaseModel):
     )
     priority: Priority = Field(
         Priority.NORMAL,
-        description="`high` counts as submitted twelve hours earlier, `low` as twelve hours later.",
+        description="`high` has a head start of 1,000 hours of speech, `low` is as much behind.",
     )
 
     webhook_url: str = Field(

@@ -14,15 +14,23 @@ transcription:<fingerprint>#<number>  hash    its parent's run   a part of a lon
 holders:<fingerprint>                 set     as transcription   ids of the jobs that hold it
 transcript:<fingerprint>              string  retention          the result, rendered JSON
 transcript:<fingerprint>#<number>     string  its parent's run   a part's segments, JSON
-queue                                 zset    for ever           fingerprint -> its place: queued at
-                                                                 (us), moved by its priority
+queue                                 zset    for ever           fingerprint -> its place: where it
+                                                                 starts on the queue's clock (in
+                                                                 weight), moved by its priority
 waiting                               zset    for ever           the same -> queued at (us)
-parts                                 zset    for ever           part -> its parent's place
+parts                                 zset    for ever           part -> its place, as above, on a
+                                                                 clock of their own
+lines:<queue>/<priority>/<name>       zset    a month unused     what waits of this caller's, and
+                                                                 `taken` -> its end on the clock
+backlogs                              zset    while it waits     name -> weight of what waits
 leases                                zset    for ever           unit of work -> lease end (ms)
 transcripts                           zset    for ever           fingerprint -> its end (ms)
 transcript_sizes                      hash    for ever           fingerprint -> bytes
 counters                              hash    for ever           what happened since the beginning;
-                                                                 backlog: weight of what waits
+                                                                 backlog: weight of what waits;
+                                                                 clock, parts_clock: how far the two
+                                                                 queues are; ..._ends: where what
+                                                                 was taken ends
 pace                                  hash    for ever           weight and slot time (ms) of what
                                                                  was completed lately
 workers                               zset    for ever           worker id -> last heartbeat (ms)
@@ -63,6 +71,7 @@ PREFIX = "{whisper}:"
 QUEUE = PREFIX + "queue"
 WAITING = PREFIX + "waiting"
 PARTS = PREFIX + "parts"
+BACKLOGS = PREFIX + "backlogs"
 LEASES = PREFIX + "leases"
 TRANSCRIPTS = PREFIX + "transcripts"
 TRANSCRIPT_SIZES = PREFIX + "transcript_sizes"
@@ -95,6 +104,10 @@ def idempotency(name_and_key: str) -> str:
 
 def transcription(fingerprint: str) -> str:
     return f"{PREFIX}transcription:{fingerprint}"
+
+
+def lines(queue_priority_and_name: str) -> str:
+    return f"{PREFIX}lines:{queue_priority_and_name}"
 
 
 def holders(fingerprint: str) -> str:
@@ -154,6 +167,7 @@ LUA_PRELUDE = "\n".join(
             ("queue", QUEUE),
             ("waiting", WAITING),
             ("parts", PARTS),
+            ("backlogs", BACKLOGS),
             ("leases", LEASES),
             ("transcripts", TRANSCRIPTS),
             ("transcript_sizes", TRANSCRIPT_SIZES),
@@ -172,6 +186,7 @@ LUA_PRELUDE = "\n".join(
             batch,
             idempotency,
             transcription,
+            lines,
             holders,
             transcript,
             rate,

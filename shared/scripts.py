@@ -27,7 +27,7 @@ _ALLOWED_OVER_MEMORY = frozenset(
     }
 )
 # These answer also while a server refuses to write, as with a full disk.
-_READING = frozenset({"read", "known", "list", "delivery"})
+_READING = frozenset({"read", "known", "before", "list", "delivery"})
 
 
 def source(verb: str, *, has_flags: bool) -> str:

@@ -143,7 +143,7 @@ async def submit(request: Request, task: Task) -> tuple[Asked, JobAccepted]:
     size_bytes = announced_bytes(request)
     late = None
     if not is_repeated(request) and (size_bytes is None or size_bytes > READ_ANYWAY_BYTES):
-        late = await state.admission.lateness(patience_seconds)
+        late = await state.admission.lateness(caller_of(request).name, patience_seconds)
     judge_fields = fields.judge(settings.model_size)
     asked: list[Asked] = []
 

@@ -42,41 +42,152 @@ local function weight_of(unit)
   return stage ~= 'join' and tonumber(weight or '0') or 0
 end
 
--- A priority is a head start: it counts as having been submitted so much earlier. So whatever waits
--- is next at some time, and is never passed by what comes later than that.
-local HEAD_START_US = {high = 12 * 3600 * 1e6, low = -12 * 3600 * 1e6}
+-- Who goes first (docs/adr/0024): what a caller sends with one priority is a line, and each queue has
+-- a clock that runs in weight. A unit starts where the one before it in its line ends, or now; the
+-- earliest start is the next. So callers whose work waits get even shares, and who has none is next.
+local CLOCK = {[QUEUE] = 'clock', [PARTS] = 'parts_clock'}
+local LINE_MS = 30 * 86400000 -- a line that nobody used for so long is forgotten
+local TAKEN = 'taken' -- in a line: where what was taken of it ends, and nothing of what that was
+
+-- A priority is a head start: its units count as starting so much work earlier, here 1,000 hours of
+-- plain speech. So whatever waits is never passed by what starts later than that.
+local HEAD_START = {high = 1000 * 3600 * 32000, low = -1000 * 3600 * 32000}
 
 local function head_start(priority)
-  return HEAD_START_US[priority] or 0
+  return HEAD_START[priority] or 0
 end
 
--- Where a transcription, or each of its parts, stands in its queue; and since when it waits.
-local function place_of(fp)
-  local queued_us, priority = unpack(redis.call('HMGET', transcription(fp), 'queued_us', 'priority'))
-  return digits(queued_us - head_start(priority)), queued_us
+local function line_of(owner, priority)
+  return (priority or 'normal') .. '/' .. owner
 end
 
--- Into QUEUE or PARTS and out of it, with the weight of what waits in the counter `backlog`.
+local function priority_and_owner(line)
+  return string.match(line, '^(%a+)/(.*)$')
+end
+
+local function members(queue, line)
+  return lines((queue == PARTS and 'parts/' or 'queue/') .. line)
+end
+
+-- The latest start of what was taken. At first it is the time of day (us), which was the place of what
+-- an older version queued: that is older, and goes first.
+local function clock(queue)
+  return tonumber(redis.call('HGET', COUNTERS, CLOCK[queue]) or now_us())
+end
+
+-- A tick after what starts already: at one place the first to come goes first.
+local function next_start(queue, line)
+  local last = redis.call('ZRANGE', members(queue, line), -1, -1, 'WITHSCORES')[2]
+  return math.max(clock(queue) + 1, tonumber(last or '0'))
+end
+
+-- To the end of a line.
+local function line_up(queue, unit, line)
+  local start = next_start(queue, line)
+  redis.call('HSET', COUNTERS, CLOCK[queue], digits(clock(queue) + 1))
+  redis.call('HSET', transcription(unit), 'line', line, 'start', digits(start))
+end
+
+-- The line that a unit is in, where it starts and where it ends; nil for what an older version queued.
+local function stretch_of(unit)
+  local line, start, weight = unpack(
+    redis.call('HMGET', transcription(unit), 'line', 'start', 'weight'))
+  if line then return line, tonumber(start), start + (weight or 0) end
+end
+
+-- Where a unit stands in its queue.
+local function place_of(unit)
+  local line, start = stretch_of(unit)
+  if line then return start - head_start((priority_and_owner(line))) end
+  local queued_us, priority = unpack(
+    redis.call('HMGET', transcription(parent_of(unit) or unit), 'queued_us', 'priority'))
+  return queued_us - head_start(priority)
+end
+
+-- What waits, in the counter `backlog`; and for each caller in BACKLOGS.
+local function weigh(unit, sign)
+  local weight, line = weight_of(unit), redis.call('HGET', transcription(unit), 'line')
+  if weight == 0 then return end
+  weight = sign * weight
+  count('backlog', weight)
+  if not line then return end
+  local _, owner = priority_and_owner(line)
+  if tonumber(redis.call('ZINCRBY', BACKLOGS, weight, owner)) <= 0 then
+    redis.call('ZREM', BACKLOGS, owner)
+  end
+end
+
+-- How much goes before what this caller would send now, at most: as much of each caller whose work
+-- waits as of its own.
+local function weight_before(owner)
+  local all = tonumber(redis.call('HGET', COUNTERS, 'backlog') or '0')
+  local own = tonumber(redis.call('ZSCORE', BACKLOGS, owner) or '0')
+  return math.min(all, own * redis.call('ZCARD', BACKLOGS))
+end
+
+-- Into QUEUE or PARTS, at its place, and out of it.
 local function enqueue(queue, unit)
-  local place, queued_us = place_of(parent_of(unit) or unit)
-  if redis.call('ZADD', queue, place, unit) == 1 then count('backlog', weight_of(unit)) end
-  if queue == QUEUE then redis.call('ZADD', WAITING, queued_us, unit) end
+  local line, _, ends = stretch_of(unit)
+  if redis.call('ZADD', queue, digits(place_of(unit)), unit) == 1 then weigh(unit, 1) end
+  if line then
+    redis.call('ZADD', members(queue, line), digits(ends), unit)
+    redis.call('PEXPIRE', members(queue, line), digits(LINE_MS))
+  end
+  if queue == QUEUE then
+    redis.call('ZADD', WAITING, redis.call('HGET', transcription(unit), 'queued_us'), unit)
+  end
 end
 
+-- Returns whether it was there.
 local function dequeue(queue, unit)
-  if redis.call('ZREM', queue, unit) == 1 then count('backlog', 0 - weight_of(unit)) end
+  local line, was_there = stretch_of(unit), redis.call('ZREM', queue, unit) == 1
+  if was_there then weigh(unit, -1) end
   if queue == QUEUE then redis.call('ZREM', WAITING, unit) end
+  if line then redis.call('ZREM', members(queue, line), unit) end
+  return was_there
 end
 
--- Somebody wants it sooner than those who wait for it already.
-local function lift(fp, priority)
-  local known = redis.call('HGET', transcription(fp), 'priority')
-  if head_start(priority) <= head_start(known) then return end
-  redis.call('HSET', transcription(fp), 'priority', priority or 'normal')
-  local place = place_of(fp)
-  redis.call('ZADD', QUEUE, 'XX', place, fp)
-  for number = 0, tonumber(redis.call('HGET', transcription(fp), 'parts') or '0') - 1 do
-    redis.call('ZADD', PARTS, 'XX', place, part(fp, number))
+-- A worker takes it: the clock is where it starts, and its caller is charged for it.
+local function take(queue, unit)
+  dequeue(queue, unit)
+  local line, start, ends = stretch_of(unit)
+  if not line then return end
+  local now, field = math.max(clock(queue), start), CLOCK[queue] .. '_ends'
+  local latest = math.max(ends, tonumber(redis.call('HGET', COUNTERS, field) or '0'))
+  redis.call('HSET', COUNTERS, CLOCK[queue], digits(now), field, digits(latest))
+  redis.call('ZADD', members(queue, line), 'GT', digits(ends), TAKEN)
+  redis.call('PEXPIRE', members(queue, line), digits(LINE_MS))
+  redis.call('ZREMRANGEBYSCORE', members(queue, line), '-inf', digits(now))
+end
+
+-- Nothing waits: nobody has more waiting than others, or had.
+local function rest()
+  redis.call('HDEL', COUNTERS, 'backlog')
+  redis.call('DEL', BACKLOGS)
+  for queue, name in pairs(CLOCK) do
+    local latest = tonumber(redis.call('HGET', COUNTERS, name .. '_ends') or '0')
+    redis.call('HSET', COUNTERS, name, digits(math.max(clock(queue), latest)))
+  end
+end
+
+-- Somebody joins: a unit goes to the end of the joining line, if it stands earlier there.
+local function move_up(queue, unit, line)
+  local known, status = unpack(redis.call('HMGET', transcription(unit), 'line', 'status'))
+  local place = next_start(queue, line) - head_start((priority_and_owner(line)))
+  if known == line or status == 'completed' or place >= place_of(unit) then return end
+  local waits = dequeue(queue, unit)
+  line_up(queue, unit, line)
+  if waits then enqueue(queue, unit) end
+end
+
+local function lift(fp, owner, priority)
+  local known, parts = unpack(redis.call('HMGET', transcription(fp), 'priority', 'parts'))
+  if head_start(priority) > head_start(known) then
+    redis.call('HSET', transcription(fp), 'priority', priority or 'normal')
+  end
+  move_up(QUEUE, fp, line_of(owner, priority))
+  for number = 0, tonumber(parts or '0') - 1 do
+    move_up(PARTS, part(fp, number), line_of(owner, priority))
   end
 end
 

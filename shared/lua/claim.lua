@@ -1,6 +1,6 @@
 -- A worker takes the unit of work that should run next: queued -> processing.
 -- This is the one place that decides the order of work. In each queue the first by its place goes
--- first: the oldest, with the head start of its priority. Transcriptions go before parts of long
+-- first: the earliest start, with the head start of its priority. Transcriptions go before parts of long
 -- recordings, unless the first part has a higher priority than the first of them; every fourth turn
 -- for which both wait goes the other way, so that neither starves.
 -- A unit that has one attempt left may be what killed its workers, or have died beside it. A worker
@@ -49,12 +49,10 @@ end
 while true do
   local unit, queue = next_unit()
   if not unit then
-    if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', PARTS) == 0 then
-      redis.call('HDEL', COUNTERS, 'backlog')
-    end
+    if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', PARTS) == 0 then rest() end
     return {}
   end
-  dequeue(queue, unit)
+  take(queue, unit)
   if is_waiting(unit) then
     redis.call('HSET', transcription(unit), 'status', 'processing', 'claim_id', ARGV[1],
       'worker', ARGV[2])

@@ -9,11 +9,12 @@ redis.call('ZREM', LEASES, fp)
 redis.call('HDEL', transcription(fp), 'claim_id', 'worker')
 redis.call('HSET', transcription(fp), 'stage', 'parts', 'plan', ARGV[3], 'progress', '0',
   'parts', #ARGV - 3, 'parts_left', #ARGV - 3)
-local weight = tonumber(redis.call('HGET', transcription(fp), 'weight') or '0')
+local weight, line = unpack(redis.call('HMGET', transcription(fp), 'weight', 'line'))
 for n = 4, #ARGV do
   local unit = part(fp, n - 4)
   redis.call('HSET', transcription(unit), 'status', 'queued', 'share', ARGV[n], 'attempts', '0',
-    'handbacks', '0', 'progress', '0', 'weight', digits(weight * ARGV[n]))
+    'handbacks', '0', 'progress', '0', 'weight', digits((weight or 0) * ARGV[n]))
+  if line then line_up(PARTS, unit, line) end
   enqueue(PARTS, unit)
 end
 tell(fp, 'moved')

@@ -3,14 +3,15 @@
 -- owner's request, if it has one (`idempotency`): the same request enters once, another is refused.
 -- ARGV  1 job id  2 fingerprint  3 checksum  4 options (JSON)  5 model  6 bytes of the upload
 --       7 owner ('' if nobody has a name)  8 retention ms  9 grace ms
---       10 the most weight that may wait before it  11, 12 the most jobs and the most audio (ms) of
+--       10 the most weight that may go before it  11, 12 the most jobs and the most audio (ms) of
 --       the owner: limit_reached(). '' is no limit
 --       13 the least that must be there: hit (a transcript) | joined (or one in flight) | '' (nothing)
 --       | failed (the job itself, failed, and retried one time less than `retries` says: it enters again)
 --       14... names and values that the job's record keeps, in turn (Manifest.told)
--- returns  {outcome, id, ms}: outcome is new | joined | hit | exists, or (nothing was written) replayed
---          | conflict | unknown | gone | not_failed | full | jobs | audio; id is that of another job that
---          holds the same input ('' if none), or of the job that entered with the same key; ms: as
+-- returns  {outcome, id, number}: outcome is new | joined | hit | exists, or (nothing was written)
+--          replayed | conflict | unknown | gone | not_failed | full | jobs | audio; id is that of
+--          another job that holds the same input ('' if none), or of the job that entered with the
+--          same key; number, for full: the weight that would go before it; for jobs and audio: ms, as
 --          limit_reached()
 local LEAST_WEIGHT = 65536 -- the shortest clip costs as much as 30 s of audio
 local id, fp, owner = ARGV[1], ARGV[2], ARGV[7]
@@ -47,9 +48,12 @@ if outcome ~= 'hit' and owner ~= '' then
   local limit, ms = limit_reached(owner, tonumber(ARGV[11]), tonumber(ARGV[12]), now)
   if limit then return {limit, '', ms} end
 end
-if outcome == 'new' and most_weight
-    and tonumber(redis.call('HGET', COUNTERS, 'backlog') or '0') > most_weight then
-  return {'full', ''}
+if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', PARTS) + redis.call('ZCARD', LEASES) == 0 then
+  rest()
+end
+if outcome == 'new' and most_weight then
+  local before = weight_before(owner)
+  if before > most_weight then return {'full', '', before} end
 end
 
 if is_retry then forget_end(id) end
@@ -78,9 +82,10 @@ if outcome == 'new' then
     'model', ARGV[5], 'queued_us', digits(now_us()), 'attempts', '0', 'handbacks', '0',
     'progress', '0', 'weight', digits(math.max(LEAST_WEIGHT, tonumber(ARGV[6]))),
     'priority', told.priority or 'normal')
+  line_up(QUEUE, fp, line_of(owner, told.priority))
   enqueue(QUEUE, fp)
 elseif outcome == 'joined' then
-  lift(fp, told.priority)
+  lift(fp, owner, told.priority)
 end
 redis.call('SADD', holders(fp), id)
 if outcome == 'hit' then

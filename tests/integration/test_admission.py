@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from uuid import uuid4
 
 import pytest
@@ -115,6 +116,9 @@ async def test_the_backlog_is_the_weight_of_what_waits_whatever_happens(
     def check() -> int:
         backlog = int(raw.hget(keys.COUNTERS, "backlog") or 0)
         assert backlog == all_weight(raw)
+        assert backlog == sum(
+            weight for _, weight in raw.zrange(keys.BACKLOGS, 0, -1, withscores=True)
+        )
         return backlog
 
     jobs = [manifest(settings, str(n), size_bytes=(n + 1) * MIB) for n in range(6)]
@@ -174,23 +178,23 @@ async def busy(store, worker, settings, raw) -> JobStore:
 @pytest.mark.usefixtures("busy")
 async def test_a_long_queue_refuses_before_the_body_is_read(admission_of):
     """With a time to come back that fits the backlog."""
-    await admission_of(max_queue_seconds=110).before_body(50 * MIB)
+    await admission_of(max_queue_seconds=110).before_body(50 * MIB, "")
     with pytest.raises(QueueFull) as refused:
-        await admission_of(max_queue_seconds=60).before_body(50 * MIB)
+        await admission_of(max_queue_seconds=60).before_body(50 * MIB, "")
     assert 32 <= refused.value.retry_after_seconds <= 48, "40 s are too much, give or take 20 %"
-    await admission_of(max_queue_seconds=0).before_body(50 * MIB)
+    await admission_of(max_queue_seconds=0).before_body(50 * MIB, "")
 
 
 @pytest.mark.usefixtures("busy")
 async def test_a_length_that_is_not_announced_counts_as_large(admission_of):
     with pytest.raises(QueueFull):
-        await admission_of(max_queue_seconds=60).before_body(None)
+        await admission_of(max_queue_seconds=60).before_body(None, "")
 
 
 async def test_a_long_queue_takes_what_it_need_not_run(admission_of, busy, settings, raw):
     """A small upload is read: it may be of a file that is done or under way."""
     full = admission_of(max_queue_seconds=60)
-    await full.before_body(READ_ANYWAY_BYTES)
+    await full.before_body(READ_ANYWAY_BYTES, "")
     assert (await full.submit(manifest(settings, "done"))).outcome == "hit"
     assert (await full.submit(manifest(settings, "waits-3"))).outcome == "joined"
     keys_before = raw.dbsize()
@@ -200,11 +204,40 @@ async def test_a_long_queue_takes_what_it_need_not_run(admission_of, busy, setti
     assert (raw.dbsize(), raw.exists(keys.job(new.job_id))) == (keys_before, 0)
 
 
+async def test_a_caller_is_refused_for_its_own_wait(admission_of, store, worker, settings, raw):
+    """Whoever has nothing waiting is not, however much others have; those who have share."""
+    live(worker, slots=1)
+    await store.submit(manifest(settings, "done"))
+    run(worker, settings, raw, seconds=10)
+    limited = admission_of(max_queue_seconds=60)
+
+    async def accepted(owner: str) -> int:
+        """How many of 20 files."""
+        for n in range(20):
+            try:
+                await limited.submit(replace(manifest(settings, f"{owner}-{n}"), owner=owner))
+            except QueueFull:
+                return n
+        return 20
+
+    assert await accepted("greedy") in {6, 7}, "alone, it may fill the queue"
+    fresh = admission_of(max_queue_seconds=60)
+    with pytest.raises(QueueFull):
+        await fresh.before_body(50 * MIB, "greedy")
+    assert await fresh.lateness("greedy", 55)
+    await fresh.before_body(50 * MIB, "polite")
+    assert not await fresh.lateness("polite", 1)
+    assert await accepted("polite") in {3, 4}, "each of its files waits for one of the other's"
+    with pytest.raises(QueueFull) as refused:
+        await admission_of(max_queue_seconds=60).before_body(50 * MIB, "polite")
+    assert refused.value.retry_after_seconds <= 25, "it is told its own wait"
+
+
 async def test_the_limit_holds_when_all_come_at_once(admission_of, busy, settings):
     """Two hundred uploads that began while there was room: what was accepted fits the limit."""
     limited = admission_of(max_queue_seconds=200)
     for _ in range(200):
-        await limited.before_body(MIB)
+        await limited.before_body(MIB, "")
     outcomes = await asyncio.gather(
         *(limited.submit(manifest(settings, f"new-{n}")) for n in range(200)),
         return_exceptions=True,
@@ -239,7 +272,7 @@ async def test_an_empty_queue_takes_a_recording_however_large(
     await store.submit(manifest(settings, "slow"))
     run(worker, settings, raw, seconds=1000)
     limited = admission_of(max_queue_seconds=60)
-    await limited.before_body(90 * MIB)
+    await limited.before_body(90 * MIB, "")
     assert (await limited.submit(manifest(settings, "large", 90 * MIB))).outcome == "new"
 
 
@@ -269,11 +302,11 @@ async def test_what_is_reserved_for_one_upload_is_free_for_no_other(admission_of
     storage = Storage(settings.data_dir)
     free_mb = storage.free_bytes() // MIB
     tight = admission_of(min_free_disk_mb=free_mb - 100)
-    await tight.before_body(80 * MIB)
+    await tight.before_body(80 * MIB, "")
     storage.begin(str(uuid4()), 80 * MIB)
     tight.reserved()
     with pytest.raises(StorageFull):
-        await tight.before_body(80 * MIB)
+        await tight.before_body(80 * MIB, "")
     storage.begin(str(uuid4()), 80 * MIB)  # had it asked before the first was begun
     with pytest.raises(StorageFull):
         tight.reserved()
@@ -299,6 +332,7 @@ async def ask_everything(store: JobStore, settings: Settings, mark: str) -> None
     """What the endpoints do, once each."""
     job = manifest(settings, f"asked-{mark}")
     await store.admit()
+    await store.weight_before("")
     await store.submit(job, 10**15)
     joined = manifest(settings, "shared")
     await store.submit(joined)

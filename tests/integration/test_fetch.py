@@ -92,7 +92,7 @@ class FetcherOf:
 
 async def test_the_bytes_arrive_as_they_are(fetcher, tmp_path):
     with Receiver(Reply(body=AUDIO)) as server:
-        fetched = await fetcher.fetch(server.url("/a.mp3?token=1"), tmp_path / "audio.part")
+        fetched = await fetcher.fetch(server.url("/a.mp3?token=1"), tmp_path / "audio.part", "")
         request = server.received[0]
     assert (request.method, request.path) == ("GET", "/a.mp3?token=1")
     assert request.headers["accept-encoding"] == "identity"
@@ -105,7 +105,7 @@ async def test_a_file_whose_length_is_not_announced_arrives_whole(fetcher, tmp_p
     """Room for the largest is taken first, and given back."""
     with Receiver(Reply(headers={"Content-Length": ""}, body=AUDIO)) as server:
         server.replies = [Reply(headers={"Transfer-Encoding": "chunked"}, body=chunked(AUDIO))]
-        fetched = await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        fetched = await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
     assert fetched.checksum == hashlib.sha256(AUDIO).hexdigest()
     assert (tmp_path / "audio.part").stat().st_size == len(AUDIO)
 
@@ -119,7 +119,7 @@ async def test_redirects_are_followed(fetcher, tmp_path, status):
     with Receiver(Reply(body=AUDIO)) as server:
         server.replies.insert(0, Reply(status, {"Location": "/there?x=1"}))
         server.replies.insert(0, Reply(status, {"Location": server.url("/hop")}))
-        await fetcher.fetch(server.url("/here"), tmp_path / "audio.part")
+        await fetcher.fetch(server.url("/here"), tmp_path / "audio.part", "")
         assert [request.path for request in server.received] == ["/here", "/hop", "/there?x=1"]
 
 
@@ -142,7 +142,7 @@ async def test_each_redirect_is_checked_like_the_address_itself(fetcher, tmp_pat
         away = Reply(302, {"Location": location.format(port=canary.port)})
         with Receiver(away) as server:
             with pytest.raises(UrlNotAllowed, match="redirected"):
-                await fetcher.fetch(server.url(), tmp_path / "audio.part")
+                await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
             assert len(server.received) == 1
         assert canary.accepted == 0
 
@@ -162,10 +162,10 @@ async def no_body():
 async def test_redirects_have_an_end(fetcher, tmp_path):
     with Receiver(Reply(302, {"Location": "/again"})) as server:
         with pytest.raises(UrlStatus, match="redirects more than 5 times"):
-            await fetcher.fetch(server.url(), tmp_path / "audio.part")
+            await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
         assert len(server.received) == 6
     with Receiver(Reply(302)) as server, pytest.raises(UrlStatus, match="nowhere"):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 @pytest.mark.parametrize("status", [201, 204, 206, 304, 401, 403, 404, 410, 429, 500, 503])
@@ -173,17 +173,17 @@ async def test_a_server_that_does_not_give_the_file_is_named_with_its_status(
     fetcher, tmp_path, status
 ):
     with Receiver(Reply(status, body=b"")) as server, pytest.raises(UrlStatus, match=str(status)):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 async def test_what_is_larger_than_a_file_may_be_is_not_taken(fetcher, tmp_path):
     """By what is announced, and by what comes."""
     large = b"\x00" * (LIMIT_MB * 1024 * 1024 + 1)
     with Receiver(Reply(body=large)) as server, pytest.raises(FileTooLarge):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
     endless = Reply(headers={"Transfer-Encoding": "chunked"}, body=chunked(large * 10))
     with Receiver(endless) as server, pytest.raises(FileTooLarge):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ async def test_what_is_larger_than_a_file_may_be_is_not_taken(fetcher, tmp_path)
 )
 async def test_a_page_or_a_playlist_is_no_recording(fetcher, tmp_path, body, message):
     with Receiver(Reply(body=body)) as server, pytest.raises(NotAudio, match=message):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 async def test_an_empty_file_is_refused(fetcher, tmp_path):
     with Receiver(Reply(body=b"")) as server, pytest.raises(EmptyFile):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
@@ -212,20 +212,20 @@ async def test_what_is_compressed_on_the_way_is_not_unpacked(fetcher, tmp_path, 
     bomb = gzip.compress(b"\x00" * 50_000_000)
     compressed = Reply(headers={"Content-Encoding": encoding}, body=bomb)
     with Receiver(compressed) as server, pytest.raises(NotAudio, match="compressed"):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 async def test_a_file_that_ends_early_is_not_taken_for_whole(fetcher, tmp_path):
     cut = Reply(headers={"Content-Length": str(len(AUDIO) + 1)}, body=AUDIO)
     with Receiver(cut) as server, pytest.raises(UrlUnreachable, match="early"):
-        await fetcher.fetch(server.url(), tmp_path / "audio.part")
+        await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 async def test_a_server_that_is_not_there_is_unreachable(fetcher, tmp_path):
     with pytest.raises(UrlUnreachable):
-        await fetcher.fetch("http://127.0.0.1:1/a", tmp_path / "audio.part")
+        await fetcher.fetch("http://127.0.0.1:1/a", tmp_path / "audio.part", "")
     with pytest.raises(UrlNotAllowed):
-        await fetcher.fetch("http://127.0.0.2:1/a", tmp_path / "audio.part")
+        await fetcher.fetch("http://127.0.0.2:1/a", tmp_path / "audio.part", "")
 
 
 async def dripping(pieces: int, pause_seconds: float) -> asyncio.Server:
@@ -255,7 +255,7 @@ async def test_a_server_that_drips_or_says_nothing_is_left(fetcher, tmp_path):
         for url in (f"http://127.0.0.1:{port}/", silent.url()):
             began = time.monotonic()
             with pytest.raises(UrlTooSlow):
-                await fetcher.fetch(url, tmp_path / "audio.part")
+                await fetcher.fetch(url, tmp_path / "audio.part", "")
             assert time.monotonic() - began < 3
         tested.set()
         server.close()
@@ -267,7 +267,7 @@ async def test_only_so_many_are_fetched_at_a_time(fetcher, settings, tmp_path, m
     tested = threading.Event()
     with Receiver(Reply(after=tested.wait)) as silent, Receiver(Reply(body=AUDIO)) as quick:
         held = [
-            asyncio.create_task(fetcher.fetch(silent.url(), tmp_path / f"{n}.part"))
+            asyncio.create_task(fetcher.fetch(silent.url(), tmp_path / f"{n}.part", ""))
             for n in range(2)
         ]
         await asyncio.to_thread(wait_until, lambda: len(silent.received) == 2)
@@ -275,10 +275,10 @@ async def test_only_so_many_are_fetched_at_a_time(fetcher, settings, tmp_path, m
             impatient = settings.model_copy(update={"fetch_seconds": 0.2})
             patch.setattr(fetcher, "_settings", impatient)
             with pytest.raises(TooManyFetches):
-                await fetcher.fetch(quick.url(), tmp_path / "third.part")
+                await fetcher.fetch(quick.url(), tmp_path / "third.part", "")
         assert quick.accepted == 0
         assert len(await asyncio.gather(*held, return_exceptions=True)) == 2
-        await fetcher.fetch(quick.url(), tmp_path / "fourth.part")
+        await fetcher.fetch(quick.url(), tmp_path / "fourth.part", "")
         tested.set()
 
 
@@ -288,7 +288,7 @@ async def test_a_disk_without_room_is_not_filled(settings, tmp_path):
     with Receiver(Reply(body=AUDIO)) as server:
         async with FetcherOf(full, tmp_path) as fetcher:
             with pytest.raises(StorageFull):
-                await fetcher.fetch(server.url(), tmp_path / "audio.part")
+                await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
 
 
 async def test_memory_stays_flat(settings, tmp_path):
@@ -297,7 +297,7 @@ async def test_memory_stays_flat(settings, tmp_path):
     with Receiver(Reply(body=body)) as server:
         async with FetcherOf(large, tmp_path) as fetcher:
             tracemalloc.start()
-            await fetcher.fetch(server.url(), tmp_path / "audio.part")
+            await fetcher.fetch(server.url(), tmp_path / "audio.part", "")
             _, most_bytes = tracemalloc.get_traced_memory()
             tracemalloc.stop()
     assert most_bytes < 12_000_000
@@ -320,7 +320,7 @@ async def test_every_outcome_is_counted(settings, tmp_path):
                 "http://127.0.0.1:1/",
             ):
                 await asyncio.gather(
-                    fetcher.fetch(url, tmp_path / "audio.part"), return_exceptions=True
+                    fetcher.fetch(url, tmp_path / "audio.part", ""), return_exceptions=True
                 )
     counted = {r: folder.metrics.fetches.labels(r)._value.get() for r in FETCH_RESULTS}
     assert counted == {

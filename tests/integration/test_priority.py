@@ -1,6 +1,8 @@
-"""What goes first: the oldest, with the head start of its priority."""
+"""What goes first among one caller's jobs: the oldest, with the head start of its priority."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
@@ -8,34 +10,26 @@ from shared import keys
 from shared.job_options import JobOptions, Priority
 from tests.integration.test_job_store import end_lease, manifest
 
-HOUR_US = 3600 * 1_000_000
+HOURS_BYTES = 3600 * 32_000  # of plain speech
 
 
 @pytest.fixture
 def submit(store, settings):
     """Submits a file with a priority; returns its manifest."""
 
-    async def submit(content: str, priority: str = "normal"):
+    async def submit(content: str, priority: str = "normal", size_bytes: int = 0):
         made = manifest(settings, content, JobOptions(priority=Priority(priority)))
-        await store.submit(made)
+        await store.submit(replace(made, size_bytes=size_bytes))
         return made
 
     return submit
-
-
-def age(raw, job, hours: float) -> None:
-    """As if its transcription had been submitted so long ago."""
-    fp, us = job.fingerprint, int(hours * HOUR_US)
-    raw.hincrby(keys.transcription(fp), "queued_us", -us)
-    raw.zincrby(keys.QUEUE, -us, fp)
-    raw.zincrby(keys.WAITING, -us, fp)
 
 
 def order(worker, names: dict[str, str]) -> list[str]:
     """In which order all that waits is claimed. `names`: fingerprint -> what to call it."""
     found = []
     while claim := worker.claim():
-        found.append(names[claim.fingerprint])
+        found.append(names.get(claim.fingerprint, ""))
     return found
 
 
@@ -50,18 +44,25 @@ async def test_high_goes_before_normal_before_low(worker, submit):
     assert order(worker, names_of(*jobs)) == ["c", "e", "b", "d", "a"]
 
 
-async def test_nothing_starves(worker, submit, raw):
-    """Twelve hours are what a priority is worth: whatever waits longer goes before what is new."""
-    jobs = [await submit(*sent) for sent in [("old", "normal"), ("older", "low"), ("new", "high")]]
-    age(raw, jobs[0], 12.1)
-    age(raw, jobs[1], 24.2)
-    assert order(worker, names_of(*jobs)) == ["older", "old", "new"]
+@pytest.mark.parametrize(
+    ("waits", "comes", "most"),
+    [("low", "normal", 1000), ("normal", "high", 1000), ("low", "high", 2000)],
+)
+async def test_nothing_starves(worker, submit, waits, comes, most):
+    """A priority is worth so many hours of plain speech: what starts later than that passes
+    nothing that waits."""
+    waiting = await submit("waits", waits)
+    found = []
+    for n in range(10):
+        await submit(f"comes-{n}", comes, 300 * HOURS_BYTES)
+        found.append(worker.claim().fingerprint)
+    assert found.index(waiting.fingerprint) == most // 300 + 1
 
 
 async def test_a_place_in_the_queue_says_who_goes_before(store, worker, submit, raw):
     """And the age of the oldest is that of who has waited longest, not of who is next."""
     low, normal, high = [await submit(p, p) for p in ("low", "normal", "high")]
-    age(raw, low, 2)
+    raw.zincrby(keys.WAITING, -7200 * 1_000_000, low.fingerprint)
     places = [(await store.read(job.job_id, "")).queue_position for job in (high, normal, low)]
     assert places == [1, 2, 3]
     assert (await store.snapshot()).oldest_queued_seconds == pytest.approx(7200, abs=60)
@@ -74,16 +75,21 @@ async def test_a_place_in_the_queue_says_who_goes_before(store, worker, submit, 
 
 
 async def test_a_job_that_joins_lifts_what_it_waits_for(store, worker, submit):
-    """A lower priority changes nothing, and neither does who leaves again."""
-    slow, other = await submit("slow", "low"), await submit("other")
-    assert (await store.read(slow.job_id, "")).queue_position == 2
+    """To where the joining one would stand alone. A lower priority changes nothing, and neither
+    does who leaves again."""
+    first, slow, other = (
+        await submit("first", "low"),
+        await submit("slow", "low"),
+        await submit("o"),
+    )
     await submit("slow", "normal")
-    assert (await store.read(slow.job_id, "")).queue_position == 1, "it is the older one"
-    hurried = await submit("other", "high")
-    await submit("other", "low")
-    assert (await store.read(other.job_id, "")).queue_position == 1
+    await submit("last")
+    places = [(await store.read(job.job_id, "")).queue_position for job in (other, slow, first)]
+    assert places == [1, 2, 4]
+    hurried = await submit("slow", "high")
+    await submit("o", "low")
     await store.cancel(hurried.job_id, "")
-    assert order(worker, names_of(slow, other)) == ["other", "slow"]
+    assert order(worker, names_of(first, slow, other))[:2] == ["slow", "o"]
 
 
 async def test_what_is_taken_back_keeps_its_priority(store, worker, submit, raw, settings):
@@ -125,9 +131,21 @@ async def test_a_long_recording_of_a_higher_priority_goes_before_clips(worker, s
     assert sorted(found[4:8]) == ["clip1", "long", "long", "long"]
 
 
-async def test_work_of_before_there_were_priorities_is_normal(store, worker, submit, raw):
-    """A record without one, in a queue that was filled by an older version."""
-    old, high, low = await submit("old"), await submit("high", "high"), await submit("low", "low")
-    raw.hdel(keys.transcription(old.fingerprint), "priority")
-    raw.delete(keys.WAITING)
-    assert order(worker, names_of(old, high, low)) == ["high", "old", "low"]
+async def test_what_an_older_version_queued_goes_before_what_is_new(worker, submit, raw):
+    """It has a time in the place of a start, and no line."""
+    jobs = [await submit("old"), await submit("old-low", "low")]
+    for job, head_start_hours in zip(jobs, (0, -12), strict=True):
+        record = keys.transcription(job.fingerprint)
+        raw.hdel(record, "line", "start")
+        place = int(raw.hget(record, "queued_us")) - head_start_hours * 3600 * 1_000_000
+        raw.zadd(keys.QUEUE, {job.fingerprint: place})
+    raw.hdel(keys.transcription(jobs[0].fingerprint), "priority")
+    raw.hdel(keys.COUNTERS, "clock", "backlog")
+    raw.delete(keys.BACKLOGS, keys.WAITING, keys.lines("queue/normal/"), keys.lines("queue/low/"))
+    jobs += [await submit("new"), await submit("high", "high"), await submit("new-low", "low")]
+    claim = worker.claim()
+    assert claim.fingerprint == jobs[3].fingerprint
+    old = worker.claim()
+    worker.hand_back(old)
+    found = order(worker, names_of(*jobs))
+    assert found == ["old", "new", "old-low", "new-low"]
