@@ -9,7 +9,7 @@
 # is there. Where the disk was full again before the next rewrite, Redis took back too much, by as
 # many bytes as the holes have: the last commands before that are torn, and go with the zeros.
 set -eu
-export LC_ALL=C
+export LC_ALL=C PATH="$PATH:/usr/bin:/bin"
 check=$1 folder=$2/appendonlydir
 shift 2
 
