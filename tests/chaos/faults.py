@@ -305,6 +305,18 @@ def redis_emptied(chaos: Chaos) -> float:
     return time.monotonic() + 10  # a reaper leaves an upload alone for so long
 
 
+@fault()
+def redis_memory_full(chaos: Chaos) -> float:
+    """Nothing new fits: no upload is taken; what runs is finished all the same."""
+    raw = chaos.world.raw
+    chaos.world.busy_worker(chaos.chance)
+    before = raw.config_get("maxmemory")["maxmemory"]
+    raw.config_set("maxmemory", 1)
+    wait(chaos.chance.uniform(3, LEASE_SECONDS + 3))
+    raw.config_set("maxmemory", before)
+    return time.monotonic()
+
+
 @fault(needs="disk")
 def redis_disk_full(chaos: Chaos) -> float:
     ballast = chaos.world.fill("redis")

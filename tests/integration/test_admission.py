@@ -353,8 +353,8 @@ def spent(raw: redis.Redis) -> tuple[int, float]:
 
 
 async def test_nothing_that_the_api_asks_of_redis_grows_with_the_jobs(store, settings, raw):
-    """As many commands at 25,000 jobs as at 100, and none that takes its time by them: bench row `k`
-    has the figures for 100,000 through HTTP."""
+    """As many commands at 25,000 jobs as at 100, and none that takes its time by them. Bench row
+    `k` has the figures for 100,000 through HTTP."""
 
     async def measure(mark: str) -> tuple[int, float]:
         await ask_everything(store, settings, f"{mark}-warm")
