@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +91,15 @@ class Samples:
             self.add(now, f"{name} bytes", resident_bytes(pid))
             self.add(now, f"{name} files", open_files(pid))
         jobs = sum(1 for job in ledger.jobs if job.accepted_at)
-        records = sum(
-            1
-            for kind in ("job:*", "transcription:*", "holders:*")
-            for _ in world.raw.scan_iter(keys.PREFIX + kind, count=5000)
+        kinds = Counter(
+            name.removeprefix(keys.PREFIX).partition(":")[0]
+            for name in world.raw.scan_iter(count=5000)
         )
+        records = sum(kinds.pop(kind, 0) for kind in ("job", "transcription", "holders"))
         self.add(now, "Redis keys of jobs", records)
-        self.add(now, "Redis other keys", world.raw.dbsize() - records)
+        # Of the last RESULT_TTL_SECONDS: as many as were completed in them.
+        self.add(now, "Redis transcripts", kinds.pop("transcript", 0))
+        self.add(now, "Redis other keys", kinds.total())
         self.add(now, "Redis memory", world.raw.info("memory")["used_memory"])
         self.add(now, "jobs", jobs)
 
@@ -135,10 +137,11 @@ class Samples:
         jobs = max(1.0, self.growth("jobs")[1])
         records = self.growth("Redis keys of jobs")[1] / jobs
         start, others, hours = self.growth("Redis other keys")
+        transcripts, _, _ = self.growth("Redis transcripts")
         memory = self.growth("Redis memory")[1] / jobs
         print(
             f"Redis: {records:.2f} keys and {memory:.0f} bytes for each job, for a day; "
-            f"{start:.0f} other keys, {others / hours:+.1f} an hour"
+            f"{transcripts:.0f} transcripts; {start:.0f} other keys, {others / hours:+.1f} an hour"
         )
         found = []
         if records > KEYS_OF_A_JOB * 1.05:
