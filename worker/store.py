@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, NamedTuple, cast
 from uuid import uuid4
@@ -235,7 +235,7 @@ class WorkerStore:
                 server, about, errors = pipe.execute()
             except ResponseError:
                 return None
-        if not about["aof_enabled"]:
+        if not about.get("aof_enabled"):  # others than Redis itself may tell less
             return None
         count = errors.get("errorstat_MISCONF", {}).get("count", 0)
         return AppendOnlyFile(
@@ -254,7 +254,8 @@ class WorkerStore:
             return asked != refusals
 
     def rewrite_file(self) -> None:
-        with _translated():
+        """Nothing happens where Redis refuses: it does so already, or lets nobody ask."""
+        with _translated(), suppress(ResponseError):
             self._redis.bgrewriteaof()
 
     def note_renewal(self, refusals: str) -> None:

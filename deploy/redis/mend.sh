@@ -13,7 +13,8 @@ export LC_ALL=C PATH="$PATH:/usr/bin:/bin"
 check=$1 folder=$2/appendonlydir
 shift 2
 
-# How far into standard input the first command behind zeros is; nothing if there is none.
+# How far into standard input the first command behind zeros is; nothing if there is none. Nobody who
+# submits can forge one: what is kept of theirs is JSON, which escapes NUL and line ends, or has none.
 next_command() {
   tr '\000\012\015' '\012@@' |
     awk 'at && /^\*[0-9]+@@\$[0-9]+@@/ { print at; exit } { at += length($0) + 1 }'

@@ -238,3 +238,17 @@ def test_a_rewrite_that_fails_is_asked_for_again(disk, workers, monkeypatch):
         return disk.about("aof_rewrites") == began + 2
 
     wait_until(asks_again, 5, "another rewrite")
+
+
+@pytest.mark.parametrize("forbidden", ["info", "bgrewriteaof"])
+def test_a_redis_that_lets_nobody_ask_does_not_stop_the_reaper(disk, tmp_path, forbidden):
+    """As managed ones do: such a worker goes on with all that it has to do besides."""
+    disk.client.acl_setuser(
+        "app", enabled=True, passwords="+word", commands=["+@all", f"-{forbidden}"], keys="*"
+    )
+    url = f"redis://app:word@{disk.url.rpartition('@')[2]}"
+    settings = Settings(_env_file=None, redis_url=url, data_dir=tmp_path, model_size="demo")
+    store = WorkerStore(settings, celery_app(url), "worker-1")
+    disk.fill()
+    FileRenewal(store).look()
+    store.close()
