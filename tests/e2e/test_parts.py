@@ -11,7 +11,7 @@ import pytest
 
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, wait_until
-from tests.e2e.conftest import Client, completed_runs, leftovers
+from tests.e2e.conftest import Client, completed_runs, leftovers, worker_metric
 from tests.e2e.test_failures import RECOVERY_SECONDS, long_file
 
 REPEATS = 80  # five minutes
@@ -23,8 +23,10 @@ Begun = tuple[Service, Client, str]
 def begun(start, tmp_path) -> Callable[..., Begun]:
     """A service with a recording of which the first part is done."""
 
-    def begin(**environment: str) -> Begun:
-        service, client = start(PART_SECONDS="30", WORKER_SLOTS="1", **environment)
+    def begin(workers: int = 1) -> Begun:
+        service, client = start(PART_SECONDS="30", WORKER_SLOTS="1")
+        for _ in range(1, workers):
+            service.wait_ready(60, service.add_worker())
         job = client.submit(long_file(tmp_path / "long.wav", REPEATS), **OPTIONS)["job_id"]
         wait_until(lambda: done(service), 90, "a part is done")
         assert client.status(job)["status"] == "processing"
@@ -60,13 +62,11 @@ def assert_whole(client: Client, job: str) -> None:
 
 
 def test_all_workers_share_a_long_recording(begun):
-    service, client, job = begun()
-    other = service.add_worker()
-    service.wait_ready(60, other)
+    service, client, job = begun(workers=2)
+    seen = [client.status(job)["progress"]]
     beginning = client.http.get(f"/jobs/{job}/partial").json()
     assert beginning["status"] == "processing"
     assert 0 < len(beginning["text"]) < len(FOX_WORDS) * REPEATS
-    seen = [client.status(job)["progress"]]
 
     def is_completed() -> bool:
         status = client.status(job)
@@ -83,7 +83,12 @@ def test_all_workers_share_a_long_recording(begun):
     assert whole["segments"][: len(beginning["segments"])] == beginning["segments"]
     assert client.status(job)["attempts"] == 1
     assert done(service) == planned(service) > 5, "no part ran twice"
-    assert completed_runs(service) + completed_runs(service, other) == 1
+    workers = ("worker", "worker-2")
+    assert sum(completed_runs(service, worker) for worker in workers) == 1
+    busy = [
+        worker_metric(service, worker, "whisper_worker_busy_seconds_total") for worker in workers
+    ]
+    assert min(busy) > sum(busy) / 20, "each did a part at least"
     wait_until(lambda: leftovers(service) == [], 10, "the upload is gone")
     assert parts_folder(service) == []
 
