@@ -28,7 +28,7 @@ compose-test: $(VENV)/.installed-dev ## build, start, scale and break the Compos
 chaos: $(VENV)/.installed-dev ## break the running service for SECONDS (300), in an order of SEED (Linux, root)
 	@$(BIN)/python -m pytest tests/chaos/test_chaos.py tests/chaos/test_resume.py -m chaos -s
 
-overload: $(VENV)/.installed-dev ## one of three callers sends ten times too much, for SECONDS (120)
+overload: $(VENV)/.installed-dev ## one of three callers sends ten times too much, for SECONDS (120; Linux)
 	@$(BIN)/python -m pytest tests/chaos/test_overload.py -m chaos -s
 
 soak: $(VENV)/.installed-dev ## steady load for MINUTES (20): memory and descriptors must stay flat

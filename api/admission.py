@@ -5,7 +5,9 @@ goes before it (bytes of the uploads: their durations are not known before a wor
 them), times the time that a slot took for the weight that was completed lately, over the slots of
 the workers that live. While nothing was ever completed, or no worker was ever seen, it is unknown,
 and the queue refuses nobody. What goes before it depends on who sends it: whoever has nothing
-waiting is next, however much others have.
+waiting is next, however much others have. It is predicted too short where others come later whose
+turn is earlier, where each slot is busy, and where the machine becomes slower. So that what was let
+in begins within MAX_QUEUE_SECONDS, two thirds of it are the most that may be predicted.
 
 Asked twice. Before the body is read, so that it need not be sent; except a small one, which may be
 of a file that is done or under way, and such an upload is welcome however long the queue is. And in
@@ -27,6 +29,7 @@ from shared.settings import Settings
 from shared.storage import Manifest, Storage
 
 READ_ANYWAY_BYTES = 1024 * 1024
+MOST_PREDICTED = 2 / 3  # of MAX_QUEUE_SECONDS
 SEEN_SECONDS = 1.0  # how old a look at the store may be
 LEAST_RETRY_SECONDS = 2.0
 MOST_RETRY_SECONDS = 3600.0
@@ -39,6 +42,7 @@ class Admission:
         self._settings = settings
         self._store = store
         self._storage = storage
+        self._limit_seconds = MOST_PREDICTED * settings.max_queue_seconds or inf
         self._look: asyncio.Task[Snapshot] | None = None
         self._looked_at = 0.0
 
@@ -50,9 +54,8 @@ class Admission:
         await self._store.admit()
         if announced_bytes is not None and announced_bytes <= READ_ANYWAY_BYTES:
             return
-        limit = self._settings.max_queue_seconds or inf
-        wait_seconds = await self._wait_seconds(owner, limit)
-        if wait_seconds > limit:
+        wait_seconds = await self._wait_seconds(owner, self._limit_seconds)
+        if wait_seconds > self._limit_seconds:
             raise self._refusal(wait_seconds)
 
     def reserved(self) -> None:
@@ -71,7 +74,7 @@ class Admission:
         """As JobStore.submit, but raises QueueFull where the job would wait too long, and
         WaitTooLong where its caller would not wait so long: `patience_seconds`."""
         look = await self.look()
-        limit = min(self._settings.max_queue_seconds or inf, patience_seconds)
+        limit = min(self._limit_seconds, patience_seconds)
         most_weight = look.weight_of_wait(limit) if limit < inf else None
         submission = await self._store.submit(manifest, most_weight, limits, least)
         if submission.outcome == "full":
@@ -106,10 +109,9 @@ class Admission:
     def _refusal(
         self, wait_seconds: float, patience_seconds: float = inf
     ) -> QueueFull | WaitTooLong:
-        limit = self._settings.max_queue_seconds or inf
-        if patience_seconds < limit:
+        if patience_seconds < self._limit_seconds:
             return too_long(wait_seconds, patience_seconds)
-        return QueueFull(retry_after_seconds=retry_after(wait_seconds, limit))
+        return QueueFull(retry_after_seconds=retry_after(wait_seconds, self._limit_seconds))
 
 
 def too_long(wait_seconds: float, patience_seconds: float) -> WaitTooLong:

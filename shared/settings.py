@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     )
     min_free_disk_mb: int = Field(256, ge=0, description="Uploads are refused below this, in MiB.")
     max_queue_seconds: int = Field(
-        86_400, ge=0, description="Uploads are refused when a new job would wait longer; 0: never."
+        86_400, ge=0, description="A new job waits so long at most, or is refused; 0: any time."
     )
     max_wait_seconds: int = Field(
         3000, ge=1, description="Longest that one request waits for its transcript (/v1/audio)."

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -115,7 +116,9 @@ class Files:
 
 
 def flood(caller: Caller, per_second: float, until: float, files: Files) -> None:
-    """Keeps to its times, whatever the answers and however slow they are."""
+    """Keeps to its times, whatever the answers and however slow they are. Elsewhere clients have
+    machines of their own; here they leave the service the cores that it wants."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     due = time.monotonic()
     while due < until:
         time.sleep(max(0.0, due - time.monotonic()))
@@ -131,12 +134,8 @@ def now_and_then(caller: Caller, until: float, files: Files) -> None:
 
 
 def test_who_sends_now_and_then_hardly_notices_who_sends_far_too_much(tmp_path: Path) -> None:
-    """And what is accepted runs in time, each refusal says when to come back, and after the
-    overload the service is idle soon.
-
-    What runs is not interrupted, so on one slot who is next waits for its end. And what was
-    accepted when the queue was full waits for those who come and are next, too, and longer where
-    the machine becomes slower; the cap is of what was predicted."""
+    """And what is accepted begins in time, each refusal says when to come back, and after the
+    overload the service is idle soon."""
     seconds = float(os.environ.get("SECONDS") or 120)
     files = Files()
     with Service.in_folder(tmp_path, {**QUICK, **SETTINGS}) as service, ExitStack() as stack:
@@ -190,10 +189,9 @@ def test_who_sends_now_and_then_hardly_notices_who_sends_far_too_much(tmp_path: 
     assert len(greedy.refused) > 3 * len(greedy.accepted), "it was an overload"
     assert min(told) >= 1
     assert [len(caller.refused) for caller in (calm, *polite)] == [0, 0, 0]
-    assert percentile(polite_done, 0.95) <= 2 * percentile(calm.done, 0.95) + running_seconds
-    assert predicted <= 1.5 * CAP_SECONDS
-    assert max(greedy.queued) <= 2 * CAP_SECONDS
-    assert idle_seconds <= 2 * CAP_SECONDS
+    assert noticed <= 2
+    assert max(each for caller in callers for each in caller.queued) <= CAP_SECONDS
+    assert idle_seconds <= 1.1 * CAP_SECONDS
     assert grown_bytes < MOST_BYTES
 
 

@@ -89,13 +89,13 @@ def test_overload_is_refused_and_those_let_in_do_not_wait_longer_than_promised(
     paces += [queue["backlog_seconds"] / queue["queued"] for queue in queues if queue["queued"]]
     slower = max(paces) / min(paces)
     longest_queue = max(queue["queued"] for queue in queues)
-    assert longest_queue * min(paces) <= LIMIT_SECONDS * 1.5, "they were let in past the limit"
+    assert longest_queue * min(paces) <= LIMIT_SECONDS, "they were let in past the limit"
     waits = [queue["wait_seconds"] for queue in queues]
     latest = max(int(answer.headers["retry-after"]) for answer in refused)
     assert min(int(answer.headers["retry-after"]) for answer in refused) >= 1
     assert latest <= max(3, 1.5 * max(waits)), "it is told by the backlog"
 
-    idle_by = time.monotonic() + LIMIT_SECONDS * 2 * slower
+    idle_by = time.monotonic() + LIMIT_SECONDS * 1.1 * slower
     seen = [client.wait(job, within=max(1, idle_by - time.monotonic())) for job in accepted]
     longest = max(job["queue_seconds"] for job in seen)
     print(
@@ -103,7 +103,7 @@ def test_overload_is_refused_and_those_let_in_do_not_wait_longer_than_promised(
         f"{LIMIT_SECONDS}, {longest_queue} in the queue, {slower:.1f} times slower meanwhile, "
         f"latest Retry-After {latest} s, slowest poll {max(polls) * 1000:.0f} ms"
     )
-    assert longest <= LIMIT_SECONDS * 1.75 * slower
+    assert longest <= LIMIT_SECONDS * slower
     assert sorted(polls)[len(polls) * 9 // 10] < 0.5
     assert {client.text(job).strip() for job in accepted} == {FOX_WORDS}
     queue = wait_until(
