@@ -64,9 +64,10 @@ class Caller:
     name: str  # owns what it submits; '' without keys
     sees: str  # JobStore's `seen_by`
     limits: Limits
+    may_hurry: bool  # may send priority=high
 
 
-ANYBODY = Caller("", "", NO_LIMITS)
+ANYBODY = Caller("", "", NO_LIMITS, may_hurry=True)
 
 
 def caller_of(request: Request) -> Caller:
@@ -123,7 +124,8 @@ class Access:
             await answer(scope, receive, send)
             return
         sees = "" if Scope.ADMIN in key.scopes else key.name
-        request.state.caller = Caller(key.name, sees, key.limits)
+        may_hurry = key.allows(Scope.PRIORITY)
+        request.state.caller = Caller(key.name, sees, key.limits, may_hurry)
         await self.app(scope, receive, send)
 
     async def _admit(self, state: State, request: Request, need: Scope) -> ApiKey:

@@ -31,6 +31,7 @@ from shared.errors import (
     DigestUnknown,
     EmptyFile,
     FileTooLarge,
+    Forbidden,
     IdempotencyConflict,
     InvalidField,
     MalformedUpload,
@@ -46,7 +47,7 @@ from shared.errors import (
     UploadTooSlow,
     UrlNotAllowed,
 )
-from shared.job_options import JobOptions
+from shared.job_options import JobOptions, Priority
 from shared.jobs import JobStatus
 from shared.metrics import OUTCOMES, REJECTIONS
 from shared.options import TranscriptionOptions, fingerprint
@@ -122,8 +123,9 @@ async def take_in(
 
     `announced_bytes`: how many will come, where that is known: their place on the disk is taken
     before they do. `endpoint`: as the metrics call it. Raises whatever the source raises,
-    UrlNotAllowed (of the webhook), FileTooLarge, StorageFull, StoreUnavailable, StoreFull,
-    QueueFull, WaitTooLong, TooManyJobs, AudioMinutesUsed, IdempotencyConflict.
+    Forbidden (of the priority), UrlNotAllowed (of the webhook), FileTooLarge, StorageFull,
+    StoreUnavailable, StoreFull, QueueFull, WaitTooLong, TooManyJobs, AudioMinutesUsed,
+    IdempotencyConflict.
     """
     state = state_of(request)
     most_bytes = state.settings.max_file_size_bytes
@@ -191,8 +193,14 @@ async def submit(
     When the store does not answer, nobody knows whether it has the job. A request with a key will
     be sent again and be answered with that job, so its upload stays; a reaper settles it.
 
-    `least`: see JobStore.submit; with `hit` there are no bytes."""
+    `least`: see JobStore.submit; with `hit` there are no bytes. Raises Forbidden, UrlNotAllowed and
+    what Admission.submit does."""
     state, caller = state_of(request), caller_of(request)
+    if arrival.job.priority is Priority.HIGH and not caller.may_hurry:
+        raise Forbidden(
+            "`priority=high` needs an API key with the scope `priority`. Ask for such a key, or "
+            "send `normal` or `low`."
+        )
     arrival = replace(arrival, job=with_checked_webhook(arrival.job, state.egress))
     manifest = manifest_of(place.job_id, arrival, told, caller.name, state.settings)
     if least != "hit":

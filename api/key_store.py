@@ -40,6 +40,7 @@ _NOBODYS_DIGEST = "0" * 64
 class Scope(StrEnum):
     SUBMIT = "submit"  # submit files; cancel and erase jobs
     READ = "read"  # status and result of jobs
+    PRIORITY = "priority"  # with submit: priority=high, which goes before what others have waiting
     METRICS = "metrics"  # /metrics and /stats
     ADMIN = "admin"  # all of these, and everybody's jobs
 

@@ -3,6 +3,7 @@ others, and no more than its limits."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -290,6 +291,30 @@ def test_scopes_are_kept_apart(service, holder):
             assert answer.status_code == (200 if scope == "metrics" else 403), path
     admin = holder("--scopes", "admin")
     assert [admin.http.get(path).status_code for path in ("/stats", "/metrics")] == [200, 200]
+
+
+def test_a_key_that_may_not_hurry_sends_no_high_priority(service, holder, tmp_path):
+    """Whichever way in; and a refusal leaves nothing."""
+    path = variant(tmp_path / "new.wav", 1)
+    audio = path.read_bytes()
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("/transcribe", {"files": {"file": audio}, "data": {}}),
+        ("/batches", {"files": [("file", audio)] * 2, "data": {}}),
+        ("/v1/audio/transcriptions", {"files": {"file": audio}, "data": {"model": "whisper-1"}}),
+        ("/transcribe/by-digest", {"data": {"sha256": hashlib.sha256(audio).hexdigest()}}),
+    ]
+    plain = holder()
+    first = plain.submit(path, priority="low")["job_id"]
+    uploads = set((service.settings.data_dir / "uploads").iterdir())
+    for way, sent in ways:
+        sent["data"]["priority"] = "high"
+        answer = plain.http.post(way, **sent)
+        assert (answer.status_code, "scope `priority`" in answer.text) == (403, True), way
+    assert set((service.settings.data_dir / "uploads").iterdir()) <= uploads
+    assert [job["job_id"] for job in plain.http.get("/jobs").json()["jobs"]] == [first]
+    for scopes in ("submit,read,priority", "admin"):
+        hurried = holder("--scopes", scopes)
+        assert hurried.submit(FOX, priority="high")["priority"] == "high"
 
 
 # --- Limits ---------------------------------------------------------------------------------------
