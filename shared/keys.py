@@ -30,7 +30,9 @@ counters                              hash    for ever           what happened s
                                                                  backlog: weight of what waits;
                                                                  clock, parts_clock: how far the two
                                                                  queues are; ..._ends: where what
-                                                                 was taken ends
+                                                                 was taken ends; ..._low, _normal,
+                                                                 _high: how far that priority is, and
+                                                                 ..._waiting: how many units it has
 pace                                  hash    for ever           weight and slot time (ms) of what
                                                                  was completed lately
 workers                               zset    for ever           worker id -> last heartbeat (ms)

@@ -75,16 +75,30 @@ local function clock(queue)
   return tonumber(redis.call('HGET', COUNTERS, CLOCK[queue]) or now_us())
 end
 
+-- While some of a priority waits, it has a clock of its own, which stands when others are taken: they
+-- would carry the clock past all that waits, and who comes then would stand behind it.
+local function own_clock(queue, line)
+  return CLOCK[queue] .. '_' .. (priority_and_owner(line))
+end
+
+local function clock_of(queue, line)
+  local own = own_clock(queue, line)
+  local time, waiting = unpack(redis.call('HMGET', COUNTERS, own, own .. '_waiting'))
+  if not time or tonumber(waiting or '0') <= 0 then return clock(queue) end
+  return tonumber(time)
+end
+
 -- A tick after what starts already: at one place the first to come goes first.
 local function next_start(queue, line)
   local last = redis.call('ZRANGE', members(queue, line), -1, -1, 'WITHSCORES')[2]
-  return math.max(clock(queue) + 1, tonumber(last or '0'))
+  return math.max(clock_of(queue, line) + 1, tonumber(last or '0'))
 end
 
 -- To the end of a line.
 local function line_up(queue, unit, line)
-  local start = next_start(queue, line)
-  redis.call('HSET', COUNTERS, CLOCK[queue], digits(clock(queue) + 1))
+  local start, now = next_start(queue, line), clock_of(queue, line) + 1
+  redis.call('HSET', COUNTERS, own_clock(queue, line), digits(now),
+    CLOCK[queue], digits(math.max(clock(queue), now)))
   redis.call('HSET', transcription(unit), 'line', line, 'start', digits(start))
 end
 
@@ -128,7 +142,10 @@ end
 -- Into QUEUE or PARTS, at its place, and out of it.
 local function enqueue(queue, unit)
   local line, _, ends = stretch_of(unit)
-  if redis.call('ZADD', queue, digits(place_of(unit)), unit) == 1 then weigh(unit, 1) end
+  if redis.call('ZADD', queue, digits(place_of(unit)), unit) == 1 then
+    weigh(unit, 1)
+    if line then count(own_clock(queue, line) .. '_waiting') end
+  end
   if line then
     redis.call('ZADD', members(queue, line), digits(ends), unit)
     redis.call('PEXPIRE', members(queue, line), digits(LINE_MS))
@@ -141,7 +158,10 @@ end
 -- Returns whether it was there.
 local function dequeue(queue, unit)
   local line, was_there = stretch_of(unit), redis.call('ZREM', queue, unit) == 1
-  if was_there then weigh(unit, -1) end
+  if was_there then
+    weigh(unit, -1)
+    if line then count(own_clock(queue, line) .. '_waiting', -1) end
+  end
   if queue == QUEUE then redis.call('ZREM', WAITING, unit) end
   if line then redis.call('ZREM', members(queue, line), unit) end
   return was_there
@@ -152,9 +172,11 @@ local function take(queue, unit)
   dequeue(queue, unit)
   local line, start, ends = stretch_of(unit)
   if not line then return end
-  local now, field = math.max(clock(queue), start), CLOCK[queue] .. '_ends'
+  local own, field = own_clock(queue, line), CLOCK[queue] .. '_ends'
+  local now = math.max(start, tonumber(redis.call('HGET', COUNTERS, own) or '0'))
   local latest = math.max(ends, tonumber(redis.call('HGET', COUNTERS, field) or '0'))
-  redis.call('HSET', COUNTERS, CLOCK[queue], digits(now), field, digits(latest))
+  redis.call('HSET', COUNTERS, own, digits(now), CLOCK[queue], digits(math.max(clock(queue), now)),
+    field, digits(latest))
   redis.call('ZADD', members(queue, line), 'GT', digits(ends), TAKEN)
   redis.call('PEXPIRE', members(queue, line), digits(LINE_MS))
   redis.call('ZREMRANGEBYSCORE', members(queue, line), '-inf', digits(now))
@@ -167,6 +189,10 @@ local function rest()
   for queue, name in pairs(CLOCK) do
     local latest = tonumber(redis.call('HGET', COUNTERS, name .. '_ends') or '0')
     redis.call('HSET', COUNTERS, name, digits(math.max(clock(queue), latest)))
+    for _, priority in ipairs({'high', 'normal', 'low'}) do
+      local own = name .. '_' .. priority
+      redis.call('HDEL', COUNTERS, own, own .. '_waiting')
+    end
   end
 end
 

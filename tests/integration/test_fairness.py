@@ -74,6 +74,34 @@ async def test_who_has_nothing_waiting_is_next(store, worker, submit):
     assert [claimed(worker) for _ in range(6)] == ["ann", "bob", "cem", "greedy", "ann", "greedy"]
 
 
+@pytest.mark.parametrize(("priority", "other"), [("low", "normal"), ("normal", "high")])
+async def test_who_has_nothing_waiting_is_next_whatever_was_taken_of_another_priority(
+    store, worker, submit, priority, other
+):
+    for n in range(30):
+        await submit("greedy", n, MIB, priority)
+    for n in range(40):
+        await submit("busy", n, MIB, other)
+    assert [claimed(worker) for _ in range(40)] == ["busy"] * 40
+    polite = await submit("ann", 0, MIB, priority)
+    assert (await store.read(polite.job_id, "")).queue_position == 2
+    assert [claimed(worker) for _ in range(3)] == ["greedy", "ann", "greedy"]
+
+
+async def test_parts_take_turns_whatever_was_taken_of_another_priority(worker, submit):
+    async def split(owner: str, content: int, priority: str) -> None:
+        await submit(owner, content, 8 * MIB, priority)
+        assert worker.split(worker.claim(takes_parts=False), "{}", [0.125] * 8) == "ok"
+
+    for n in range(3):
+        await split("greedy", n, "low")
+    for n in range(6):
+        await split("busy", n, "normal")
+    assert [claimed(worker) for _ in range(48)] == ["busy"] * 48
+    await split("ann", 0, "low")
+    assert sorted(claimed(worker) for _ in range(4)) == ["ann", "ann", "greedy", "greedy"]
+
+
 async def test_one_callers_jobs_keep_their_order(store, worker, submit):
     """Whatever their size, also where others of the same caller are cancelled or taken back."""
     jobs = [await submit("", n, (n % 3 + 1) * MIB) for n in range(12)]
