@@ -9,7 +9,9 @@ is as durable as they are, and goes with the last of them.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -52,10 +54,12 @@ from shared.schemas import (
     Failure,
     JobAccepted,
 )
+from shared.storage import Storage
 
 router = APIRouter(tags=["batches"])
 
 MAX_FILES = 100
+TOUCH_SECONDS = 600  # far less than the reaper's ABANDONED_SECONDS
 MAX_FILE_SIZES = 8  # together as large as so many of the largest; nginx takes ten times one
 OVERHEAD_BYTES = FORM_OVERHEAD_BYTES + MAX_FILES * HEADER_BYTES
 
@@ -137,13 +141,27 @@ async def take_files(
         return taken[-1].path
 
     files, fields = await receive_files(
-        request.stream(),
+        staying(state.storage, taken, request.stream()),
         request.headers.get("content-type", ""),
         next_place,
         (settings.max_file_size_bytes, MAX_FILES, most_bytes),
         settings.upload_patience_seconds,
     )
     return list(zip(taken, files, strict=True)), fields
+
+
+async def staying(
+    storage: Storage, taken: list[Place], stream: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """The chunks. What has arrived of a batch is not abandoned while the rest arrives."""
+    clock = asyncio.get_running_loop().time
+    touched = clock()
+    async for chunk in stream:
+        if clock() - touched > TOUCH_SECONDS:
+            touched = clock()
+            for place in taken:
+                await asyncio.to_thread(storage.touch, place.job_id)
+        yield chunk
 
 
 async def become_of(

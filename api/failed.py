@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 
 from api.__main__ import EXIT_CONFIG
-from api.retry import check, manifest_of
+from api.retry import check, kept_manifest
 from api.store import JOBS_AT_ONCE, JobStore
 from shared.broker import celery_app
 from shared.errors import InvalidSettings, RequestError, StoreUnavailable
@@ -62,7 +62,7 @@ async def retryable(store: JobStore, storage: Storage) -> AsyncIterator[tuple[Jo
         try:
             job = await store.read(job_id, seen_by="")
             check(job)
-            return job, manifest_of(storage, job)
+            return job, kept_manifest(storage, job)
         except RequestError:
             return None
 

@@ -209,7 +209,7 @@ async def submit(
         submission = await state.admission.submit(
             manifest, caller.limits, least, arrival.patience_seconds
         )
-    except StoreUnavailable:
+    except (StoreUnavailable, asyncio.CancelledError):  # or this process ends meanwhile
         place.is_kept = "idempotency" in told and least != "hit"
         raise
     place.is_kept = submission.outcome in {"new", "joined"}

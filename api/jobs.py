@@ -136,15 +136,15 @@ async def end(request: Request, job_id: str, *, erases: bool = True) -> JobEnded
     """Cancels the job; one that has ended already is erased. Raises JobNotFound, JobEndedAlready
     where nothing is to be erased, StoreUnavailable."""
     state, sees = state_of(request), caller_of(request).sees
-    outcome, options, given_up = await state.store.cancel(job_id, sees)
-    if outcome == "finished" and not erases:
-        raise JobEndedAlready
-    if outcome == "finished":
-        # Before the record: an upload without one is a lost job, which a reaper submits again.
-        await asyncio.to_thread(state.storage.remove, job_id)
-        outcome, options = await state.store.erase(job_id, sees)
-    if outcome == "unfinished":  # it was retried in between
+    outcome = "unfinished"
+    while outcome == "unfinished":  # not only at first: it may be retried in between
         outcome, options, given_up = await state.store.cancel(job_id, sees)
+        if outcome == "finished" and not erases:
+            raise JobEndedAlready
+        if outcome == "finished":
+            # Before the record: an upload without one is a lost job, which a reaper submits again.
+            await asyncio.to_thread(state.storage.remove, job_id)
+            outcome, options = await state.store.erase(job_id, sees)
     if outcome == "unknown":
         raise JobNotFound
     audit(request, f"job_{outcome}", job_id)

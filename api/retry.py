@@ -66,7 +66,8 @@ async def retry(job_id: str, request: Request, response: Response) -> JobView:
     state, caller = state_of(request), caller_of(request)
     failed = await state.store.read(job_id_of(job_id), caller.sees)
     check(failed)
-    manifest = await asyncio.to_thread(manifest_of, state.storage, failed)
+    model = state.settings.model_key
+    manifest = await asyncio.to_thread(manifest_of, state.storage, failed, model)
     # An operator who retries somebody's job is not held to limits, which are the owner's.
     limits = caller.limits if caller.name == manifest.owner else NO_LIMITS
     with refusing(state):
@@ -101,12 +102,20 @@ def check(job: Job) -> None:
         raise RetryInVain
 
 
-def manifest_of(storage: Storage, job: Job) -> Manifest:
-    """Of the job as it enters again. Raises UploadGone."""
+def kept_manifest(storage: Storage, job: Job) -> Manifest:
+    """Raises UploadGone."""
     manifest = storage.manifest(job.job_id)
     if manifest is None or not storage.audio(job.job_id).exists():
         raise UploadGone
-    return replace(manifest, job_options={**manifest.job_options, "retries": str(job.retries + 1)})
+    return manifest
+
+
+def manifest_of(storage: Storage, job: Job, model: str) -> Manifest:
+    """Of the job as it enters again, with the model of now: another job may have got its transcript
+    of the same file meanwhile. Raises UploadGone."""
+    manifest = kept_manifest(storage, job)
+    told = {**manifest.job_options, "retries": str(job.retries + 1)}
+    return replace(manifest, model=model, job_options=told)
 
 
 def settle(storage: Storage, manifest: Manifest, submission: Submission) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from math import ceil
 from typing import Any, cast
+from uuid import uuid4
 
 from celery import Celery
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -269,7 +270,12 @@ class JobStore:
         """unknown | finished | cancelled, what the job was told, and the fingerprint of its
         transcription if that ended, too, else ''."""
         outcome, record, given_up = await self._run(
-            "cancel", job_id, seen_by, self._settings.retention_ms, self._settings.grace_ms
+            "cancel",
+            job_id,
+            seen_by,
+            self._settings.retention_ms,
+            self._settings.grace_ms,
+            str(uuid4()),
         )
         return outcome, JobOptions.of(pairs(record)), given_up
 

@@ -31,7 +31,7 @@ counters                              hash    for ever           what happened s
                                                                  clock, parts_clock: how far the two
                                                                  queues are; ..._ends: where what
                                                                  was taken ends; ..._low, _normal,
-                                                                 _high: how far that priority is, and
+                                                                 _high: how far that priority is;
                                                                  ..._waiting: how many units it has
 pace                                  hash    for ever           weight and slot time (ms) of what
                                                                  was completed lately

@@ -17,7 +17,7 @@ if key then forget_key(idempotency(key), number or '0', id) end
 redis.call('SREM', holders(fp), id)
 local other = redis.call('SRANDMEMBER', holders(fp)) -- one at a time: there may be very many
 while other do
-  if redis.call('EXISTS', job(other)) == 1 then return erased end
+  if not is_gone(other, now_ms()) then return erased end
   redis.call('SREM', holders(fp), other)
   other = redis.call('SRANDMEMBER', holders(fp))
 end

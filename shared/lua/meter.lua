@@ -8,7 +8,9 @@ local name, requests = ARGV[1], tonumber(ARGV[2])
 local now = now_us()
 if requests then
   local interval = math.floor(ARGV[3] * 1000 / requests)
-  local due = math.max(now, tonumber(redis.call('GET', rate(name)) or '0')) + interval
+  local last = tonumber(redis.call('GET', rate(name)) or '0')
+  -- Later than a period from now: by a slower key of the name, or a clock that was set back.
+  local due = math.max(now, math.min(last, now + requests * interval)) + interval
   local early = due - now - requests * interval
   if early > 0 then return {'rate', math.ceil(early / 1000)} end
   redis.call('SET', rate(name), digits(due), 'PX', digits(math.ceil((due - now) / 1000)))

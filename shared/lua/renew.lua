@@ -8,5 +8,6 @@ if not owns(unit, ARGV[2], now) then
   return status == 'cancelled' and 'cancelled' or 'lost'
 end
 redis.call('ZADD', LEASES, digits(now + ARGV[3]), unit)
+if redis.call('HGET', transcription(unit), 'stage') == 'join' then return 'ok' end -- its parts are done
 if set_progress(unit, ARGV[4]) then tell(parent_of(unit) or unit, 'moved') end
 return 'ok'

@@ -162,6 +162,18 @@ async def test_a_request_after_the_time_that_was_told_is_allowed_and_not_before(
     assert 0 < raw.pttl(keys.rate("app")) <= 3_600_000, "it goes by itself"
 
 
+async def test_a_clock_that_was_set_back_refuses_nobody_for_longer_than_a_period(ring, raw):
+    """Nor does another key of the same name that may ask less often."""
+    slow, _ = key_of(requests=1, period_ms=86_400_000)
+    quick, _ = key_of(requests=100, period_ms=1000)
+    assert (await ring.meter(slow, submits=False))[0] == "none"
+    limit, seconds = await ring.meter(quick, submits=False)
+    assert (limit, seconds <= 1) == ("rate", True)
+    raw.set(keys.rate("app"), (int(time.time()) + 3600) * 1_000_000)
+    limit, seconds = await ring.meter(quick, submits=False)
+    assert (limit, seconds <= 1) == ("rate", True)
+
+
 async def test_a_refused_request_costs_nothing_and_others_are_not_refused(ring, raw):
     key, _ = key_of(requests=1, period_ms=60_000)
     other, _ = key_of("other", requests=1, period_ms=60_000)
@@ -278,6 +290,19 @@ async def test_a_cancelled_long_recording_is_charged_for_what_could_be_read(stor
     worker.finish_part(worker.claim(), '{"segments": []}')
     await store.cancel(job.job_id, "app")
     assert int(raw.get(keys.audio_used("app"))) == 150_000
+
+
+async def test_who_gives_up_some_of_its_jobs_of_a_recording_pays_for_it_once(store, worker, raw):
+    jobs = [manifest("app", "long") for _ in range(3)]
+    for job in jobs:
+        await store.submit(job)
+    worker.split(worker.claim(), '{"duration": 600.0}', [0.5, 0.5])
+    worker.finish_part(worker.claim(), '{"segments": []}')
+    for job in jobs[:2]:
+        await store.cancel(job.job_id, "app")
+    worker.finish_part(worker.claim(), '{"segments": []}')
+    run(worker, 600.0)
+    assert raw.get(keys.audio_used("app")) == "600000"
 
 
 async def test_what_fails_or_is_cancelled_is_not_charged(store, worker, raw):

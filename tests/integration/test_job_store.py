@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
+from pydantic import SecretStr
 
 from api.store import JobStore
 from local.ports import free_port
@@ -285,6 +289,66 @@ async def test_erasing_takes_the_transcript_with_the_last_job(store, worker, set
     assert not raw.exists(keys.transcript(one.fingerprint))
     assert raw.hget(keys.COUNTERS, "transcript_bytes") == "0"
     assert (await store.erase(other.job_id, ""))[0] == "unknown"
+
+
+async def test_a_job_that_is_only_known_as_expired_holds_no_transcript(
+    store, worker, settings, raw
+):
+    """Else what was erased would be there for the next upload of the file."""
+    expired, last = manifest(settings), manifest(settings)
+    await store.submit(expired)
+    complete(worker, settings, worker.claim())
+    assert (await store.submit(last)).outcome == "hit"
+    raw.hset(keys.job(expired.job_id), "expires_ms", 1)
+    assert (await store.erase(last.job_id, ""))[0] == "erased"
+    assert not raw.exists(keys.transcript(last.fingerprint))
+    assert (await store.submit(manifest(settings))).outcome == "new"
+
+
+async def test_a_cancel_whose_answer_is_lost_is_one_cancel(settings, store):
+    """The client of Redis sends it again. DELETE would go on and erase what it cancelled itself."""
+    job = manifest(settings)
+    await store.submit(job)
+    async with losing_answers(settings) as (cut_off, lose):
+        other = JobStore(cut_off, celery_app(cut_off.redis_url.get_secret_value()))
+        await other.cancel(str(uuid4()), "")  # the script is there
+        lose.set()
+        assert (await other.cancel(job.job_id, ""))[0] == "cancelled"
+        assert not lose.is_set(), "the answer was lost"
+        await other.close()
+    assert (await store.cancel(job.job_id, ""))[0] == "finished", "by another call it is"
+
+
+@asynccontextmanager
+async def losing_answers(settings: Settings) -> AsyncIterator[tuple[Settings, asyncio.Event]]:
+    """A way to Redis on which the answer to the next script is lost with its connection, once the
+    event is set; which is clear again then."""
+    lose = asyncio.Event()
+    port = urlsplit(settings.redis_url.get_secret_value()).port
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_redis, to_redis = await asyncio.open_connection("127.0.0.1", port)
+        asked = b""
+
+        async def ask() -> None:
+            nonlocal asked
+            while asked := await reader.read(65536):
+                to_redis.write(asked)
+            to_redis.close()
+
+        async def answer() -> None:
+            while answered := await from_redis.read(65536):
+                if lose.is_set() and b"EVALSHA" in asked:
+                    lose.clear()
+                    break
+                writer.write(answered)
+            writer.close()
+
+        await asyncio.gather(ask(), answer())
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        yield settings.model_copy(update={"redis_url": SecretStr(url)}), lose
 
 
 async def test_an_expired_job_is_known_as_expired(store, worker, settings, raw):

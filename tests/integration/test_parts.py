@@ -52,6 +52,8 @@ async def test_parts_run_once_each_and_the_last_one_calls_for_the_join(
     join = worker.claim()
     assert (join.part, join.is_join, join.attempt) == (None, True, 1)
     assert worker.part_results(join) == ["result 0", "result 1", "result 2"]
+    assert worker.renew(join, 0.0) == "ok"
+    assert (await store.read(job_id, "")).progress == 1.0, "a heartbeat of the join undoes nothing"
     assert (await store.read(job_id, "")).status is JobStatus.PROCESSING
     assert worker.complete(join, b"{}", settings.model_key, 1.0) == [job_id]
     assert (await store.read(job_id, "")).status is JobStatus.COMPLETED

@@ -64,8 +64,8 @@ def submit(store: JobStore, storage: Storage, settings: Settings):
 def retry(store: JobStore, storage: Storage) -> Callable[..., Awaitable[Submission | None]]:
     """What the endpoint does, without its answers."""
 
-    async def retry(job: Manifest, *limits: object) -> Submission:
-        again = manifest_of(storage, await store.read(job.job_id, ""))
+    async def retry(job: Manifest, *limits: object, model: str = "") -> Submission:
+        again = manifest_of(storage, await store.read(job.job_id, ""), model or job.model)
         submission = await store.submit(again, *limits, least="failed")
         if submission.outcome != "full":
             settle(storage, again, submission)
@@ -165,6 +165,20 @@ async def test_a_retry_joins_or_hits_what_was_submitted_meanwhile(
     assert not storage.folder(second.job_id).exists(), "its upload is of no use any more"
 
 
+async def test_a_retry_under_another_model_spoils_no_answer_of_another_job(
+    store, worker, settings, submit, retry
+):
+    """The operator took another model; what one job got of it is the answer to the other, too."""
+    first, second = await submit(), await submit()
+    fail(worker)
+    newer = settings.model_copy(update={"model_size": "tiny"}).model_key
+    assert (await retry(first, model=newer)).outcome == "new"
+    assert worker.complete(worker.claim(), TRANSCRIPT, newer, 1.5) == [first.job_id]
+    assert (await retry(second, model=newer)).outcome == "hit"
+    for job in (first, second):
+        assert await store.transcript(await store.read(job.job_id, "")) == TRANSCRIPT
+
+
 async def test_of_retries_that_arrive_together_one_is_taken(store, worker, raw, submit, retry):
     job = await submit()
     fail(worker)
@@ -182,7 +196,7 @@ async def test_a_late_retry_of_what_has_failed_again_changes_nothing(
     """It was meant for the failure before."""
     job = await submit()
     fail(worker)
-    late = manifest_of(storage, await store.read(job.job_id, ""))
+    late = manifest_of(storage, await store.read(job.job_id, ""), job.model)
     await retry(job)
     fail(worker)
     with pytest.raises(JobNotFailed):
