@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.staticfiles import StaticFiles
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -184,5 +183,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(webhooks.router)
     app.include_router(monitoring.router)
     app.include_router(docs.router)
-    app.mount("/static", StaticFiles(directory=docs.STATIC), name="static")
+    app.mount("/static", docs.WholeFiles(directory=docs.STATIC), name="static")
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from api.access import needed
 from api.errors import PROBLEM_TYPE, answers, status_of
@@ -74,6 +77,14 @@ def in_envelopes(responses: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+class WholeFiles(StaticFiles):
+    """Never a range of a file: a wrong one would be answered with an error of another shape."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [header for header in scope["headers"] if header[0] != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
 def definitions(model: type[BaseModel]) -> dict[str, Any]:
     """For the document's components: the model's schema and those that it names."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -100,8 +111,13 @@ async def home() -> RedirectResponse:
 
 
 @router.get("/docs")
-async def docs() -> FileResponse:
-    return FileResponse(STATIC / "docs.html")
+async def docs() -> HTMLResponse:
+    return HTMLResponse(page())
+
+
+@functools.cache
+def page() -> str:
+    return (STATIC / "docs.html").read_text()
 
 
 @router.get("/docs/errors")

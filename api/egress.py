@@ -86,7 +86,7 @@ class Egress:
         text = text.strip()
         try:
             url = httpx2.URL(text[: MAX_URL_LENGTH + 1])
-        except httpx2.InvalidURL as exc:
+        except (httpx2.InvalidURL, UnicodeEncodeError) as exc:  # half of a surrogate pair
             raise UrlNotAllowed("It can't be read as an address.") from exc
         if max(len(text), len(str(url))) > MAX_URL_LENGTH:
             raise UrlNotAllowed(f"It is longer than {MAX_URL_LENGTH} characters.")

@@ -99,6 +99,8 @@ async def read_fields(request: Request, patience_seconds: float) -> dict[str, An
             fields = dict(pairs) if len(dict(pairs)) == len(pairs) else None
         else:
             fields = None
+        if isinstance(fields, dict):
+            "".join(fields).encode()  # not where a name has half of a surrogate pair
     except (ValueError, RecursionError) as exc:
         raise MalformedBody from exc
     if not isinstance(fields, dict):

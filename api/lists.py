@@ -36,7 +36,7 @@ async def list_jobs(
     ] = "",
     limit: Annotated[int, Query(ge=1, le=MOST_JOBS, description="Most jobs in the page.")] = 20,
     cursor: Annotated[
-        str, Query(pattern=r"^\d{0,17}$", description="`next_cursor` of the page before.")
+        str, Query(pattern="^[0-9]{0,17}$", description="`next_cursor` of the page before.")
     ] = "",
 ) -> JobPage:
     """A page may hold fewer jobs than asked for, or none, and still not be the last: what counts is

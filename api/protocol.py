@@ -15,7 +15,7 @@ from shared.schemas import Problem
 
 CONNECTION = "whisper.connection"  # in a request's scope
 HEAD_SECONDS = 10.0  # nginx's own figures (client_header_timeout, large_client_header_buffers)
-HEAD_BYTES = 64 * 1024
+HEAD_BYTES = 64 * 1024  # also of what describes the chunks of a body, and follows the last
 
 
 class Connection:
@@ -65,38 +65,61 @@ class Protocol(HttpToolsProtocol):
         if self._head_end is None:
             self._await_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Those behind the last chunk of a body (trailers) are dropped: nobody reads them."""
+        if self._head_end is not None:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._head_is_here()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """uvicorn reads no further while much of a body waits to be taken. Where that is its end,
         nobody asks for more, and it would not see that the client has left."""
+        self._head_bytes = 0
         super().on_message_complete()
         if not self.pipeline:
             self.flow.resume_reading()
 
+    def on_response_complete(self) -> None:
+        """The rest of a body that nobody took could have no end. Where its sender should get to
+        read the answer first, api/middleware.py has read on."""
+        if self.cycle.more_body and not self.pipeline:
+            self.transport.close()
+        super().on_response_complete()
+
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_end is None or self.transport.is_closing():
-            return
+        """All that is not of a body is counted: its bytes, and its end, begin a new count."""
         self._head_bytes += len(data)
-        if self._head_bytes > HEAD_BYTES:
+        super().data_received(data)
+        if self._head_bytes <= HEAD_BYTES or self.transport.is_closing():
+            return
+        if self._head_end is None:
+            self.transport.close()  # it may be answered already
+        else:
             self.send_400_response(f"The request's header is larger than {HEAD_BYTES} bytes.")
 
     def send_400_response(self, msg: str) -> None:
         """Answers what never becomes a request, and closes."""
+        request_id = str(uuid4())
         body = Problem(
             type="/docs/errors#http_error",
             title="Bad Request",
             status=400,
             detail=msg,
             code="http_error",
-            request_id=str(uuid4()),
+            request_id=request_id,
         ).model_dump_json(exclude_defaults=True)
         lines = [
             "HTTP/1.1 400 Bad Request",
             "content-type: application/problem+json",
+            f"x-request-id: {request_id}",
+            "x-content-type-options: nosniff",
             f"content-length: {len(body)}",
             "connection: close",
         ]
@@ -114,6 +137,7 @@ class Protocol(HttpToolsProtocol):
         if self._head_end is not None:
             self._head_end.cancel()
             self._head_end = None
+            self._head_bytes = 0
 
     def _give_up(self) -> None:
         """Nobody waits for an answer to half a request."""

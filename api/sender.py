@@ -250,5 +250,5 @@ def retry_after_seconds(header: str) -> float:
         return float(header[:10])
     try:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

@@ -129,6 +129,12 @@ class _Form:
     _in_file: bool = False
     _value: bytearray = field(default_factory=bytearray)
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the whole body: also what is no part of the form is counted."""
+        files_bytes = self.max_bytes or self.max_file_bytes
+        return files_bytes + self.max_files * HEADER_BYTES + FORM_OVERHEAD_BYTES
+
     def on_part_begin(self) -> None:
         self._disposition, self._value = b"", bytearray()
 
@@ -151,7 +157,8 @@ class _Form:
         self._name = name.decode("utf-8", "replace")
         self._in_file = self._name == "file"
         if self._in_file:
-            if b"filename" not in options and b"filename*" not in options:
+            # The library leaves out what it can't decode, as `filename*`.
+            if b"filename" not in options and b"filename*" not in self._disposition.lower():
                 raise MissingFile(
                     "The field `file` was sent as text, not as a file; with curl, "
                     'put an @ before the path: -F "file=@audio.mp3".'
@@ -308,9 +315,16 @@ async def _take(
 ) -> None:
     parser = parser_for(content_type, form)
     written = 0  # files that are on the disk as a whole
+    left_bytes = form.most_bytes
     try:
         async for chunk in paced(stream, patience_seconds):
             parser.write(chunk)
+            left_bytes -= len(chunk)
+            if left_bytes < 0:
+                raise MalformedUpload(
+                    "The multipart body is longer than its files and fields may be. End it with "
+                    "its closing boundary."
+                )
             written = await _write_out(form, written, place)
         parser.finalize()
         await _write_out(form, written, place)
@@ -329,7 +343,8 @@ async def _take(
         if form.files:
             raise InvalidField([("url", "comes instead of the file; send one of them")])
     elif not form.files:
-        raise MissingFile
+        or_url = f"{MissingFile.__doc__} Or send its address as `url`."
+        raise MissingFile(or_url if form.takes_url else None)
 
 
 async def _write_out(form: _Form, written: int, place: Place) -> int:

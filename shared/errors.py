@@ -85,7 +85,7 @@ larger than 64 KiB."""
 
 class MissingFile(RequestError):
     """No file was sent. Send the audio as the form field `file`, \
-for example: curl -F "file=@audio.mp3" ... or its address as `url`."""
+for example: curl -F "file=@audio.mp3" ..."""
 
     code = "missing_file"
 

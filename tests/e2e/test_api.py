@@ -19,6 +19,9 @@ from tests.e2e.conftest import completed_runs, expect_completed_runs, leftovers,
 from tests.e2e.test_failures import long_file
 from tests.model.media import encode, tone, video
 
+AS_JSON = {"Content-Type": "application/json"}
+HALF_A_LETTER = rb'{"url": "http://example.org/\ud800"}'  # of a surrogate pair
+
 
 def problem(answer: httpx2.Response) -> tuple[int, str]:
     """Checks the shape that every error has; returns status and code."""
@@ -194,7 +197,10 @@ def test_a_refused_upload_has_a_code_a_sentence_and_leaves_nothing(service, clie
         "too deep": (post("/transcribe", files=as_file, data={"metadata": "[" * 9000}), 422),
         "no priority": (post("/transcribe", files=as_file, data={"priority": "9"}), 422),
         "no address": (post("/transcribe", json={"file": "x"}), 422),
+        "half a letter": (post("/transcribe", content=HALF_A_LETTER, headers=AS_JSON), 422),
     }
+    digits = client.http.get("/jobs", params={"batch": str(uuid4()), "cursor": "\u0661"})
+    assert problem(digits)[0] == 422
     for what, (answer, status) in refused.items():
         assert problem(answer)[0] == status, what
     wrong = refused["wrong value"][0].json()

@@ -100,6 +100,7 @@ def test_what_could_hide_a_second_request_is_refused_whole(service, what):
     assert re.findall(rb"HTTP/1\.\d (\d+)", answer) == [b"400"]
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"application/problem+json" in head
+    assert f"x-request-id: {json.loads(body)['request_id']}".encode() in head.lower()
     assert json.loads(body)["code"] in {"http_error", "malformed_upload"}
     page = httpx2.get(f"{service.base_url}/metrics", trust_env=False).text
     assert metric(page, "http_requests_total", route="unmatched") == 0, "the hidden one"
@@ -124,6 +125,38 @@ def test_headers_have_an_end(service, head):
         answers = list(pool.map(lambda _: said(service.settings.port, head), range(20)))
     assert all(a.startswith(b"HTTP/1.1 400") or a == b"" for a in answers), "empty: it was reset"
     assert peak_bytes(service) - before < 32 * 1024**2
+
+
+GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+ENDLESS = {  # how it begins, and how it goes on
+    "trailers": (CHUNKED + b"0\r\n", b"a: b\r\n"),
+    "trailers of a GET": (GET + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n"),
+    "one trailer": (CHUNKED + b"0\r\na: ", b"a"),
+    "what a chunk says of itself": (CHUNKED + b"3;", b"a"),
+    "the body of a GET": (GET + b"Content-Length: 99999999999\r\n\r\n", b"a"),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_has_no_end_is_not_read_for_ever(service, what):
+    """Nor kept: the connection is closed before 64 MiB are taken."""
+    begins, goes_on = ENDLESS[what]
+    before = peak_bytes(service)
+    with (
+        socket.create_connection(("127.0.0.1", service.settings.port), 10) as connection,
+        pytest.raises((ConnectionResetError, BrokenPipeError)),
+    ):
+        connection.sendall(begins + goes_on * (64 * 1024**2 // len(goes_on)))
+    assert peak_bytes(service) - before < 16 * 1024**2
+
+
+def test_no_range_of_a_page_is_sent(client):
+    """Whatever is asked for: the whole of it."""
+    for path in ("/docs", "/static/docs.js"):
+        whole = client.http.get(path)
+        for asked in ("bytes=0-9", "bytes=abc", "bytes=99999999-"):
+            answer = client.http.get(path, headers={"Range": asked})
+            assert (answer.status_code, answer.content) == (200, whole.content), (path, asked)
 
 
 def test_an_upgrade_is_not_one(service):

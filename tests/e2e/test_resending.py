@@ -226,6 +226,7 @@ def test_the_digest_may_come_in_a_form_or_in_a_header(client):
         ({"json": ["0" * 64]}, (400, "malformed_body")),
         ({"json": "x" * 70_000}, (400, "malformed_body")),
         ({"content": b"{"}, (400, "malformed_body")),
+        ({"content": b'{"\\ud800": 1}'}, (400, "malformed_body")),
         ({"content": b"[" * 60_000}, (400, "malformed_body")),
         ({"content": b'{"a": \xff}'}, (400, "malformed_body")),
         ({"data": {"sha256": ["0" * 64, "1" * 64]}}, (400, "malformed_body")),

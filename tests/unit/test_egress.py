@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api.egress import Egress, origin_of
@@ -395,6 +395,7 @@ def test_what_is_logged_has_no_path_and_no_query():
 
 
 @given(st.text(max_size=80) | st.builds("http://{}/".format, st.text(max_size=40)))
+@example("http://example.org/\ud800")
 def test_no_text_makes_the_check_fail_otherwise(text):
     """An address, or UrlNotAllowed; and what it lets pass is not a private address."""
     egress = EGRESS

@@ -10,6 +10,7 @@ import pytest
 
 from api.uploads import (
     FORM_OVERHEAD_BYTES,
+    HEADER_BYTES,
     MAX_FIELD_BYTES,
     WRITE_BYTES,
     receive,
@@ -83,6 +84,23 @@ async def test_the_limit_counts_bytes_and_not_what_was_announced(tmp_path):
     assert (await send(form(part("file", AUDIO, "a")), tmp_path, limit=len(AUDIO)))[0]
     with pytest.raises(FileTooLarge):
         await send(form(part("file", AUDIO, "a")), tmp_path, limit=len(AUDIO) - 1)
+
+
+@pytest.mark.parametrize("step", [1000, 10**6])
+async def test_what_is_no_part_of_the_form_is_counted_too(tmp_path, step):
+    """A little behind its end is dropped; more than a file may have is refused."""
+    limit, whole = 10**6, form(part("file", AUDIO, "a"))
+    most = limit + HEADER_BYTES + FORM_OVERHEAD_BYTES
+    await send(whole + b"x" * (most - len(whole)), tmp_path, limit=limit, step=step)
+    for body in (whole + b"x" * most, b"\r\n" * (most // 2) + whole):
+        with pytest.raises(MalformedUpload):
+            await send(body, tmp_path, limit=limit, step=step)
+
+
+async def test_a_file_may_have_its_name_in_the_long_form_only(tmp_path):
+    """filename*= of RFC 5987; names are of no use here."""
+    body = form(part("file", AUDIO, "a").replace(b'filename="a"', b"filename*=utf-8''a"))
+    assert (await send(body, tmp_path))[0].size_bytes == len(AUDIO)
 
 
 FILE = part("file", AUDIO, "a")
