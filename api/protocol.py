@@ -9,13 +9,13 @@ from collections.abc import Callable
 from uuid import uuid4
 
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from shared.schemas import Problem
 
 CONNECTION = "whisper.connection"  # in a request's scope
 HEAD_SECONDS = 10.0  # nginx's own figures (client_header_timeout, large_client_header_buffers)
-HEAD_BYTES = 64 * 1024  # also of what describes the chunks of a body, and follows the last
+HEAD_BYTES = 64 * 1024
 
 
 class Connection:
@@ -75,7 +75,8 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
+        if not self.cycle.response_complete:  # else it is for nobody
+            self._head_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -83,18 +84,19 @@ class Protocol(HttpToolsProtocol):
         nobody asks for more, and it would not see that the client has left."""
         self._head_bytes = 0
         super().on_message_complete()
+        self.cycle.more_body = False
         if not self.pipeline:
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        """The rest of a body that nobody took could have no end. Where its sender should get to
-        read the answer first, api/middleware.py has read on."""
-        if self.cycle.more_body and not self.pipeline:
-            self.transport.close()
+        """Where the answer came before the end of the body, that comes soon or the connection ends:
+        uvicorn would drop what comes for ever."""
         super().on_response_complete()
+        if self.cycle.more_body and self.cycle.response_complete:  # it is not of the next request
+            self.loop.call_later(HEAD_SECONDS, self._end_body, self.cycle)
 
     def data_received(self, data: bytes) -> None:
-        """All that is not of a body is counted: its bytes, and its end, begin a new count."""
+        """What nobody takes is counted: headers, and all between the chunks of a body or behind it."""
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_bytes <= HEAD_BYTES or self.transport.is_closing():
@@ -138,6 +140,10 @@ class Protocol(HttpToolsProtocol):
             self._head_end.cancel()
             self._head_end = None
             self._head_bytes = 0
+
+    def _end_body(self, cycle: RequestResponseCycle) -> None:
+        if cycle.more_body:
+            self.transport.close()
 
     def _give_up(self) -> None:
         """Nobody waits for an answer to half a request."""

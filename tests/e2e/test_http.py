@@ -189,8 +189,9 @@ UPLOAD = (
 
 
 def test_slow_senders_are_cut_off_and_hurt_nobody(patient):
-    """100 halves of a header, 50 connections that say nothing and 50 uploads that drip, while
-    honest clients ask and upload; in all of them each is gone within 15 s."""
+    """100 halves of a header, 50 connections that say nothing, 50 uploads that drip and 20 bodies
+    that drip on behind their answer, while honest clients ask and upload; each of them is gone
+    within 15 s."""
     service, client = patient
     address = ("127.0.0.1", service.settings.port)
 
@@ -214,6 +215,8 @@ def test_slow_senders_are_cut_off_and_hurt_nobody(patient):
         began = time.monotonic()
         halves = [opened(POST + b"X-Half: ") for _ in range(100)] + [opened(b"") for _ in range(50)]
         drips = [opened(POST + UPLOAD) for _ in range(50)]
+        behind = [opened(GET + b"Content-Length: 1000\r\n\r\n") for _ in range(20)]
+        assert all(each.recv(65_536).startswith(b"HTTP/1.1 200") for each in behind)
         wait_until(lambda: len(leftovers(service)) >= 50, 10, "the uploads have begun")
         beside = asked()
         job = client.submit(language="en")
@@ -234,6 +237,13 @@ def test_slow_senders_are_cut_off_and_hurt_nobody(patient):
         wait_until(
             lambda: all(end_of(half) is not None for half in halves), 15, "halves are cut off"
         )
+
+        def is_over(connection: socket.socket) -> bool:
+            with suppress(OSError):
+                connection.sendall(b"a")
+            return end_of(connection) == b""
+
+        wait_until(lambda: all([is_over(each) for each in behind]), 15, "so are these")
         assert time.monotonic() - began < 15
     client.wait(job["job_id"])
     assert beside < 2 * alone + 0.05, (alone, beside)
