@@ -96,7 +96,7 @@ class Protocol(HttpToolsProtocol):
             self.loop.call_later(HEAD_SECONDS, self._end_body, self.cycle)
 
     def data_received(self, data: bytes) -> None:
-        """What nobody takes is counted: headers, and all between the chunks of a body or behind it."""
+        """What nobody takes is counted: headers, and all between a body's chunks or behind it."""
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_bytes <= HEAD_BYTES or self.transport.is_closing():
