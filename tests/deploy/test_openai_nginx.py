@@ -108,7 +108,7 @@ def test_a_stream_begins_while_its_job_waits_and_ends_with_its_reader(
         assert client.status(job)["status"] == "queued"
         assert waiters(client) == 1
         stream.parse().close()
-        wait_until(lambda: waiters(client) == 0, 10, "the API knows that its reader is gone")
+        wait_until(lambda: waiters(client) == 0, 30, "the API knows that its reader is gone")
     finally:
         service.kill("worker", signal.SIGCONT)
         client.http.close()

@@ -103,7 +103,7 @@ class Launcher:
 
     def ended(self, within: float = 60) -> int:
         status = self.popen.wait(within)
-        wait_until(lambda: not self.processes(), 10, f"nothing is left of {self.processes()}")
+        wait_until(lambda: not self.processes(), 30, f"nothing is left of {self.processes()}")
         return status
 
     def transcribe(self, path: Path = FOX) -> str:
@@ -149,6 +149,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
         for pid in launcher.processes():
             os.kill(pid, signal.SIGKILL)
         launcher.popen.wait()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """One that goes on whatever its tests do."""
+    words = [sys.executable, "-m", "local", "run"]
+    launcher = Launcher(tmp_path_factory.mktemp("running"), words, {}).wait_ready()
+    yield launcher
+    launcher.end(signal.SIGINT)
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
@@ -234,18 +243,20 @@ def test_a_port_in_use_is_one_sentence_and_nothing_runs(start: Start):
     assert launcher.out == ""
 
 
-def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(start: Start):
+def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(running):
     """Two of them would write the same Redis files."""
-    first = start().wait_ready()
-    second = start()
-    assert second.popen.wait(30) == 1
-    assert f"(process {first.popen.pid})" in second.err
-    assert first.transcribe() == FOX_WORDS
+    second = Launcher(running.folder, running.popen.args, {})
+    try:
+        assert second.popen.wait(30) == 1
+    finally:
+        second.popen.kill()
+    assert f"(process {running.popen.pid})" in second.err
+    assert running.transcribe() == FOX_WORDS
 
 
-def test_two_runs_on_two_folders_are_two_services(start: Start):
+def test_two_runs_on_two_folders_are_two_services(running, start: Start):
     """The second finds a port for its worker by itself."""
-    for launcher in [start(folder="one").wait_ready(), start(folder="two").wait_ready()]:
+    for launcher in (running, start().wait_ready()):
         assert launcher.transcribe() == FOX_WORDS
 
 
@@ -258,14 +269,15 @@ def test_a_model_that_can_not_be_had_ends_with_one_sentence(start: Start):
     assert "starting it again" not in launcher.out
 
 
-@pytest.mark.parametrize("words", ["-m worker", "-m api", "-server"])
-def test_whatever_is_killed_comes_back(start: Start, words: str, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "words"),
+    [(1, "worker", "-m worker"), (2, "API", "-m api"), (3, "Redis", "-server")],
+)
+def test_whatever_is_killed_comes_back(running, number: int, name: str, words: str, tmp_path):
     """The supervisor starts it again, the others find it, and jobs go on."""
-    launcher = start().wait_ready()
-    assert launcher.transcribe() == FOX_WORDS
-    os.kill(launcher.pid_of(words), signal.SIGKILL)
-    wait_until(lambda: "was killed by SIGKILL; starting it again" in launcher.out)
-    assert launcher.transcribe(variant(tmp_path / "another.wav", 1)) == FOX_WORDS
+    os.kill(running.pid_of(words), signal.SIGKILL)
+    wait_until(lambda: f"{name} was killed by SIGKILL; starting it again" in running.out)
+    assert running.transcribe(variant(tmp_path / "another.wav", number)) == FOX_WORDS
 
 
 def test_a_redis_url_is_used_and_no_redis_started(start: Start, tmp_path):

@@ -29,7 +29,7 @@ SETTINGS = {
     "auth": "keys",
     "worker_slots": str(JOBS),
     "max_attempts": "1",
-    "lease_seconds": "3",
+    "lease_seconds": "5",
     "egress_allow": "127.0.0.1",
 }
 
@@ -128,7 +128,7 @@ def test_ten_dead_jobs_are_done_after_their_cause_is_mended_and_a_retry_each(
         for job in jobs:
             seen = user.wait(job, "failed")
             assert (seen["error"]["code"], seen["attempts"]) == ("worker_lost", 1)
-        wait_until(lambda: len(receiver.received) == JOBS, 10, "their ends are told")
+        wait_until(lambda: len(receiver.received) == JOBS, 30, "their ends are told")
 
         listed = retryable(service)
         assert sorted(line[0] for line in listed) == sorted(jobs)
@@ -143,7 +143,7 @@ def test_ten_dead_jobs_are_done_after_their_cause_is_mended_and_a_retry_each(
         for job in jobs:
             assert user.wait(job)["attempts"] == 1
             assert user.text(job) == FOX_WORDS
-        wait_until(lambda: len(receiver.received) == 2 * JOBS, 10, "their new ends are told")
+        wait_until(lambda: len(receiver.received) == 2 * JOBS, 30, "their new ends are told")
         told: dict[str, list[tuple[str, str]]] = {job: [] for job in jobs}
         for request in receiver.received:
             event = json.loads(request.body)
