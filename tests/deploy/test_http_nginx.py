@@ -14,7 +14,7 @@ import pytest
 from local.service import Service
 from tests.conftest import wait_until
 from tests.deploy.nginx import Nginx, Replica
-from tests.e2e.conftest import leftovers
+from tests.e2e.conftest import leftovers, running
 from tests.e2e.test_http import AMBIGUOUS, FORMS, LAX, POST, UPLOAD, end_of, said
 
 PLENTY = {"NGINX_LIMITS": "off"}
@@ -35,8 +35,7 @@ def front(replica: Replica, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with Service.in_folder(folder, {"upload_patience_seconds": "2"}) as service:
-        service.wait_ready(60)
+    with running(folder, {"upload_patience_seconds": "2"}) as service:
         yield service
 
 

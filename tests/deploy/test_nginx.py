@@ -33,6 +33,7 @@ from tests.deploy.nginx import (
     templates,
     variables_of_templates,
 )
+from tests.e2e.conftest import running
 
 TLS_FILE = ROOT / "docker-compose.tls.yml"
 TRUST_ALL = "set_real_ip_from 127.0.0.0/8; set_real_ip_from ::1;"
@@ -70,7 +71,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
 @contextmanager
 def client_of(nginx: Nginx, address: str = "127.0.0.1") -> Iterator[httpx2.Client]:
     """A client that comes from `address`."""
-    transport = httpx2.HTTPTransport(local_address=address)
+    transport = httpx2.HTTPTransport(local_address=address, verify=False)
     with httpx2.Client(base_url=nginx.url, transport=transport, timeout=30) as client:
         yield client
 
@@ -765,7 +766,7 @@ def test_replicas_that_come_and_go_are_followed_without_a_reload(start):
 
         def read_on() -> None:
             with client_of(nginx) as client:
-                while not enough.is_set():
+                while not enough.wait(0.002):
                     codes[client.get("/status/1").status_code] += 1
 
         reader = threading.Thread(target=read_on)
@@ -975,8 +976,7 @@ def test_tls_speaks_http_2_and_no_old_protocol(secure):
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with Service.in_folder(folder, {"max_file_size_mb": "1"}) as service:
-        service.wait_ready(60)
+    with running(folder, {"max_file_size_mb": "1"}) as service:
         yield service
 
 

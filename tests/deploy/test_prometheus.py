@@ -38,7 +38,7 @@ from tests.deploy.monitored import (
     selectors,
 )
 from tests.deploy.test_grafana import replaced
-from tests.e2e.conftest import QUICK, Client, variant
+from tests.e2e.conftest import QUICK, Client, running, variant
 
 QUIET_WITHOUT_TRAFFIC = "a fresh install that nobody uses yet"
 QUIET_UNDER_LOAD = "a busy service, just below every threshold"
@@ -265,7 +265,7 @@ def gpu_exporter() -> Iterator[int]:
 
 
 @contextmanager
-def running(command: list[str], log: Path, **options: Any) -> Iterator[None]:
+def process(command: list[str], log: Path, **options: Any) -> Iterator[None]:
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, **options) as own:
         try:
             yield
@@ -301,7 +301,7 @@ def prometheus_of(folder: Path, api_key: str = "", **targets: list[str]) -> Iter
         f"--web.listen-address=127.0.0.1:{port}",
     ]
     with (
-        running(command, folder / "prometheus.log"),
+        process(command, folder / "prometheus.log"),
         httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
     ):
         wait_until(lambda: answers(client, "/-/ready"), 30, "Prometheus is ready")
@@ -324,7 +324,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         replica = [sys.executable, "-m", "api"]
         environment = {**os.environ, **own}
         stack.enter_context(
-            running(replica, folder / "replica.log", env=environment, cwd=service.settings.data_dir)
+            process(replica, folder / "replica.log", env=environment, cwd=service.settings.data_dir)
         )
         gpu = stack.enter_context(gpu_exporter())
         prometheus = stack.enter_context(
@@ -432,8 +432,7 @@ def test_the_counters_say_what_happened(monitored):
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("guarded")
-    with Service.in_folder(folder, {**QUICK, "auth": "keys"}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, "auth": "keys"}) as service:
         yield service
 
 

@@ -18,7 +18,7 @@ from local.service import Service
 from shared.broker import celery_app
 from shared.jobs import Claim
 from shared.schemas import Segment, Transcript
-from tests.conftest import wait_until
+from tests.conftest import PLAIN, wait_until
 from tests.e2e.conftest import Client, variant
 from worker.store import WorkerStore
 
@@ -38,7 +38,7 @@ class Stream:
     def __init__(self, client: Client, job: str, after: str = "", **headers: str):
         given = {"Last-Event-ID": after, **headers} if after else headers
         url = f"{client.http.base_url}/jobs/{job}/events"
-        self._http = httpx2.Client(timeout=60, trust_env=False)
+        self._http = httpx2.Client(timeout=60, **PLAIN)
         self._request = self._http.build_request("GET", url, headers=given)
         self.events: list[Event] = []
         self.heartbeats = 0

@@ -3,6 +3,7 @@ others, and no more than its limits."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,11 +20,12 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from api.keys import parser, run
 from example_client import RateLimited, RequestRejected, WhisperClient
 from local.service import Service
 from shared import keys
-from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
-from tests.e2e.conftest import QUICK, Client, long_ago, metric, variant
+from tests.conftest import FOX, FOX_WORDS, PLAIN, ROOT, wait_until
+from tests.e2e.conftest import QUICK, Client, long_ago, metric, running, variant
 
 MIB = 1024 * 1024
 WORKERS = 2  # API processes, which count together
@@ -40,9 +44,11 @@ def command(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def new_key(service: Service, name: str, *words: str) -> str:
-    done = command(service, "create", "--name", name, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    """What the command does, without a process of its own, which would take a second."""
+    arguments = parser().parse_args(["create", "--name", name, *words])
+    with redirect_stdout(StringIO()) as printed:
+        assert asyncio.run(run(arguments, service.settings)) == 0
+    return printed.getvalue().strip()
 
 
 class Holder(Client):
@@ -58,8 +64,7 @@ class Holder(Client):
 def service(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("service")
     settings = {"auth": "keys", "workers": str(WORKERS), "max_file_size_mb": "300"}
-    with Service.in_folder(folder, {**QUICK, **settings, "log_level": "WARNING"}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **settings, "log_level": "WARNING"}) as service:
         yield service
 
 
@@ -69,8 +74,7 @@ def open_handed(tmp_path_factory: pytest.TempPathFactory):
     settings = {"auth": "keys", "share_results": "true"}
     settings["cors_origins"] = "https://app.example.org, http://localhost:3000"
     folder = tmp_path_factory.mktemp("open-handed")
-    with Service.in_folder(folder, {**QUICK, **settings}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **settings}) as service:
         yield service
 
 
@@ -311,7 +315,7 @@ def test_requests_are_limited_over_all_processes(service, holder):
         httpx2.get(  # a connection each, so that both processes get some
             f"{service.base_url}/status/{uuid4()}",
             headers={"X-API-Key": caller.key, "X-Forwarded-For": f"203.0.113.{n}"},
-            trust_env=False,
+            **PLAIN,
         )
         for n in range(60)
     ]

@@ -15,7 +15,7 @@ import pytest
 import srt
 import webvtt
 
-from local.service import Service
+from shared import keys
 from tests.conftest import FOX, FOX_WORDS, wait_until
 from tests.e2e.conftest import (
     QUICK,
@@ -24,6 +24,7 @@ from tests.e2e.conftest import (
     expect_completed_runs,
     leftovers,
     metric,
+    running,
     variant,
 )
 from tests.e2e.streams import Stream
@@ -269,8 +270,7 @@ def test_deleting_a_finished_job_erases_it(client, tmp_path):
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """One that takes small files only, and forgets soon."""
     settings = {**QUICK, "max_file_size_mb": "1", "result_ttl_seconds": "1"}
-    with Service.in_folder(tmp_path_factory.mktemp("strict"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("strict"), settings) as service:
         client = Client(service)
         yield client
         client.http.close()
@@ -420,7 +420,7 @@ def test_a_request_keeps_the_id_that_a_proxy_gave_it(client):
     assert strange.headers["x-request-id"] != "a b;c"
 
 
-def test_a_result_that_is_not_ready_says_when_to_ask_again(start, tmp_path):
+def test_a_result_that_is_not_ready_says_when_to_ask_again(start, raw_of, tmp_path):
     """409 with Retry-After while it waits; the place in the queue is told."""
     service, client = start()
     service.kill("worker")
@@ -435,6 +435,10 @@ def test_a_result_that_is_not_ready_says_when_to_ask_again(start, tmp_path):
     assert cancelled.json()["status"] == "cancelled"
     assert client.status(second["job_id"])["queue_position"] == 1
     assert problem(client.http.get(first["links"]["result"])) == (409, "job_cancelled")
+    raw = raw_of(service)
+    for report in raw.keys(keys.worker("*")):
+        assert 0 < raw.pttl(report) <= 10_000, "a dead worker is forgotten by itself"
+        raw.delete(report)  # and now
     wait_until(lambda: client.http.get("/health").json()["status"] == "degraded")
     service.restart("worker")
     client.wait(second["job_id"])
@@ -449,7 +453,7 @@ def test_a_result_past_its_retention_is_410(strict):
 
 def test_a_long_recording_shows_its_progress(client, tmp_path):
     """Between 0 and 1, and never backwards; each heartbeat tells it."""
-    job = client.submit(long_file(tmp_path / "long.wav", 500))  # far from its end in this test
+    job = client.submit(long_file(tmp_path / "long.wav", 200))  # far from its end in this test
     seen: list[float] = []
 
     def has_grown_twice() -> bool:

@@ -24,6 +24,7 @@ from tests.e2e.conftest import (
     expect_completed_runs,
     leftovers,
     long_ago,
+    running,
     variant,
 )
 from tests.e2e.test_api import problem
@@ -35,8 +36,7 @@ NOTE = b"note\x04\x00\x00\x00"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
     settings = {**QUICK, "list_jobs": "true", "max_file_size_mb": "1", "workers": "2"}
-    with Service.in_folder(folder, settings) as service:
-        service.wait_ready(60)
+    with running(folder, settings) as service:
         yield service
 
 
@@ -340,8 +340,7 @@ def test_a_batch_or_cursor_that_leads_nowhere_is_an_empty_list(client):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A service with every setting at its default, in which each test erases its jobs."""
-    with Service.in_folder(tmp_path_factory.mktemp("plain"), QUICK) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("plain"), QUICK) as service:
         client = Client(service)
         yield client
         client.http.close()

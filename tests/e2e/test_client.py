@@ -22,7 +22,7 @@ from example_client import (
 )
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, ROOT
-from tests.e2e.conftest import QUICK, counted_runs, expect_completed_runs, variant
+from tests.e2e.conftest import QUICK, counted_runs, expect_completed_runs, running, variant
 from tests.e2e.test_batches import frozen
 from tests.e2e.test_failures import EXACT, long_file
 
@@ -47,8 +47,7 @@ SNIPPET = """
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = {**QUICK, "max_file_size_mb": "30"}
-    with Service.in_folder(tmp_path_factory.mktemp("service"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("service"), settings) as service:
         yield service
 
 

@@ -27,6 +27,7 @@ from tests.e2e.conftest import (
     leftovers,
     long_ago,
     metric,
+    running,
     variant,
     worker_metric,
 )
@@ -122,8 +123,7 @@ def long_begun(start, tmp_path):
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A service that gives a run three seconds."""
     settings = {**QUICK, "worker_slots": "1", "max_run_seconds": "3"}
-    with Service.in_folder(tmp_path_factory.mktemp("strict"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("strict"), settings) as service:
         client = Client(service)
         yield client
         client.http.close()
@@ -134,7 +134,7 @@ def test_a_run_that_takes_too_long_is_ended(strict, tmp_path, vad_filter):
     """The job fails with a reason, once, and the worker goes on with the next one. Its upload is
     kept, until it is erased."""
     service, client = strict.service, strict
-    job = client.submit(long_file(tmp_path / "long.wav", 300), language="en", vad_filter=vad_filter)
+    job = client.submit(long_file(tmp_path / "long.wav", 150), language="en", vad_filter=vad_filter)
     status = client.wait(job["job_id"], "failed")
     assert status["error"]["code"] == "time_limit"
     assert "MAX_RUN_SECONDS" in status["error"]["message"]

@@ -25,8 +25,8 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode, checks
 
 from local.service import Service
-from tests.conftest import FOX, wait_until
-from tests.e2e.conftest import QUICK, Client, leftovers, metric
+from tests.conftest import FOX, PLAIN, wait_until
+from tests.e2e.conftest import QUICK, Client, leftovers, metric, running
 from tests.e2e.test_api import peak_bytes, problem
 
 POST = b"POST /transcribe HTTP/1.1\r\nHost: a\r\n"
@@ -104,7 +104,7 @@ def test_what_could_hide_a_second_request_is_refused_whole(service, what):
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"application/problem+json" in head
     assert json.loads(body)["code"] in {"http_error", "malformed_upload"}
-    page = httpx2.get(f"{service.base_url}/metrics", trust_env=False).text
+    page = httpx2.get(f"{service.base_url}/metrics", **PLAIN).text
     assert metric(page, "http_requests_total", route="unmatched") == 0, "the hidden one"
 
 
@@ -148,8 +148,7 @@ def test_an_upgrade_is_not_one(service):
 def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Client]]:
     """A service that gives slow uploads two seconds."""
     settings = {**QUICK, "upload_patience_seconds": "2"}
-    with Service.in_folder(tmp_path_factory.mktemp("patient"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("patient"), settings) as service:
         client = Client(service)
         client.wait(client.submit()["job_id"])
         yield service, client

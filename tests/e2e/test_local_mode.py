@@ -23,7 +23,7 @@ from local.ports import free_port
 from local.processes import CannotRun, Process
 from local.redis_server import RedisServer, find_binary
 from local.supervisor import StopSignals
-from tests.conftest import FOX, FOX_WORDS, ROOT, alive, wait_until
+from tests.conftest import FOX, FOX_WORDS, PLAIN, ROOT, alive, wait_until
 from tests.e2e.conftest import variant
 
 pytestmark = pytest.mark.skipif(
@@ -111,9 +111,7 @@ class Launcher:
 
         def ask(method: str, address: str, **more: object) -> httpx2.Response | None:
             try:
-                answer = httpx2.request(
-                    method, self.url + address, trust_env=False, timeout=30, **more
-                )
+                answer = httpx2.request(method, self.url + address, **PLAIN, timeout=30, **more)
             except httpx2.TransportError:
                 return None
             return answer if answer.is_success else None
@@ -176,7 +174,7 @@ def test_run_prints_a_curl_that_works_and_ctrl_c_stops_everything(start: Start):
     assert launcher.out.endswith("Stopped.\n")
 
     again = start().wait_ready()
-    result = httpx2.get(f"{again.url}/result/{job}", trust_env=False)
+    result = httpx2.get(f"{again.url}/result/{job}", **PLAIN)
     assert result.json()["text"] == FOX_WORDS
     assert again.end(signal.SIGTERM) == 0
 
@@ -208,18 +206,18 @@ def test_a_killed_launcher_leaves_no_process_behind(start: Start, tmp_path):
     recording = long_recording(tmp_path / "long.wav", 1800)
     with recording.open("rb") as file:
         answer = httpx2.post(
-            f"{launcher.url}/transcribe", files={"file": file}, trust_env=False, timeout=60
+            f"{launcher.url}/transcribe", files={"file": file}, **PLAIN, timeout=60
         )
     status = f"{launcher.url}/status/{answer.json()['job_id']}"
     wait_until(
-        lambda: httpx2.get(status, trust_env=False).json()["status"] == "processing",
+        lambda: httpx2.get(status, **PLAIN).json()["status"] == "processing",
         what="the transcription runs",
     )
     assert len(launcher.processes()) >= 6  # itself, Redis, three of the API, the worker
     assert launcher.end(signal.SIGKILL) == -signal.SIGKILL
 
     again = start(PORT=str(launcher.port)).wait_ready()
-    assert httpx2.get(status, trust_env=False).json()["status"] in {"queued", "processing"}
+    assert httpx2.get(status, **PLAIN).json()["status"] in {"queued", "processing"}
     again.popen.send_signal(signal.SIGINT)
     again.popen.send_signal(signal.SIGINT)
     assert again.ended() == 0

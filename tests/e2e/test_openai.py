@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, SAMPLES, wait_until
-from tests.e2e.conftest import QUICK, leftovers, variant
+from tests.e2e.conftest import QUICK, leftovers, running, variant
 from tests.e2e.sdk import WHISPER, details, early_answer, sdk_of
 from tests.e2e.test_access import new_key
 from tests.model.media import video
@@ -372,8 +372,7 @@ def test_a_file_over_the_limit_and_a_mistake_of_ours_have_it_too(service, sdk):
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with Service.in_folder(tmp_path_factory.mktemp("keys"), {**QUICK, "auth": "keys"}) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("keys"), {**QUICK, "auth": "keys"}) as service:
         yield service
 
 

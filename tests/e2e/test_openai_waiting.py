@@ -26,6 +26,7 @@ from tests.e2e.conftest import (
     expect_completed_runs,
     leftovers,
     metric,
+    running,
     variant,
 )
 from tests.e2e.sdk import WHISPER, details, early_answer, frozen, jobs_of, sdk_of, waiters
@@ -39,8 +40,7 @@ KNOWN = json.loads((SAMPLES / "transcripts.json").read_text())
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Which tells webhooks on this machine."""
     settings = {**QUICK, "egress_allow": "127.0.0.1"}
-    with Service.in_folder(tmp_path_factory.mktemp("service"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("service"), settings) as service:
         yield service
 
 
@@ -191,8 +191,7 @@ def test_a_client_that_vanishes_cancels_what_nobody_else_waits_for(service, clie
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A service with one slot, whose pace is known."""
     settings = {**QUICK, "worker_slots": "1", "cpu_threads": "1"}
-    with Service.in_folder(tmp_path_factory.mktemp("narrow"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("narrow"), settings) as service:
         client = Client(service)
         client.wait(client.submit(FOX)["job_id"])
         yield client

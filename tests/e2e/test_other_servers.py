@@ -23,7 +23,7 @@ from standardwebhooks import Webhook
 from local.ports import free_port
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
-from tests.e2e.conftest import QUICK, Client, leftovers, long_ago, metric, variant
+from tests.e2e.conftest import QUICK, Client, leftovers, long_ago, metric, running, variant
 from tests.e2e.test_access import Holder, new_key
 from tests.receiver import Canary, Receiver, Reply
 
@@ -38,8 +38,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with Service.in_folder(folder, {**QUICK, **SETTINGS}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **SETTINGS}) as service:
         yield service
 
 

@@ -14,9 +14,8 @@ from http.client import HTTPConnection
 import httpx2
 import pytest
 
-from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, wait_until
-from tests.e2e.conftest import QUICK, Client, metric, variant
+from tests.e2e.conftest import QUICK, Client, metric, running, variant
 
 LIMIT_SECONDS = 4
 OVERLOAD_SECONDS = 9
@@ -56,8 +55,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A service with one slot, which lets in what begins soon."""
     settings = {**QUICK, "max_queue_seconds": str(LIMIT_SECONDS)}
     settings |= {"worker_slots": "1", "cpu_threads": "1"}
-    with Service.in_folder(tmp_path_factory.mktemp("limited"), settings) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("limited"), settings) as service:
         client = Client(service)
         yield client
         client.http.close()

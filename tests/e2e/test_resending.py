@@ -26,6 +26,7 @@ from tests.e2e.conftest import (
     leftovers,
     long_ago,
     metric,
+    running,
 )
 from tests.e2e.test_access import Holder, new_key
 from tests.e2e.test_api import problem
@@ -38,10 +39,7 @@ HALF_A_PAIR = json.dumps({"sha256": "0" * 64, "initial_prompt": "\ud800"}).encod
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two API processes, which decide together."""
-    with Service.in_folder(
-        tmp_path_factory.mktemp("service"), {**QUICK, "workers": "2"}
-    ) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("service"), {**QUICK, "workers": "2"}) as service:
         yield service
 
 
@@ -164,8 +162,7 @@ def after_a_loss(
     """What was submitted before Redis lost everything: its bytes, its key, its id, and the id of
     one that brought none, although the job that had brought them for it is gone."""
     folder = tmp_path_factory.mktemp("loss")
-    with Service.in_folder(folder, QUICK) as service:
-        service.wait_ready(60)
+    with running(folder, QUICK) as service:
         client = Client(service)
         service.kill("worker")
         content, other, key = sound(0), sound(1), uuid4().hex
@@ -322,8 +319,7 @@ def test_asking_costs_no_job_and_is_no_refusal(service, client):
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with Service.in_folder(tmp_path_factory.mktemp("keys"), {**QUICK, "auth": "keys"}) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("keys"), {**QUICK, "auth": "keys"}) as service:
         yield service
 
 

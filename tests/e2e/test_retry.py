@@ -19,7 +19,7 @@ from local.service import Service
 from shared.broker import celery_app
 from shared.errors import InputMissing, ServiceError, UnreadableMedia, WorkerLost
 from tests.conftest import FOX_WORDS, ROOT, signal, wait_until
-from tests.e2e.conftest import QUICK, Client, leftovers, variant
+from tests.e2e.conftest import QUICK, Client, leftovers, running, variant
 from tests.e2e.test_access import Holder, new_key
 from tests.receiver import Receiver
 from worker.store import WorkerStore
@@ -64,8 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(folder: Path) -> Iterator[Service]:
     settings = {**QUICK, **SETTINGS, "PYTHONPATH": f"{folder}:{ROOT}"}
-    with Service.in_folder(folder / "service", settings) as service:
-        service.wait_ready(60)
+    with running(folder / "service", settings) as service:
         yield service
 
 

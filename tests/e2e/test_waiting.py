@@ -26,8 +26,8 @@ from local.service import Service, answers
 from shared import keys
 from shared.errors import UnreadableMedia
 from shared.storage import Storage
-from tests.conftest import wait_until
-from tests.e2e.conftest import QUICK, Client, metric
+from tests.conftest import PLAIN, wait_until
+from tests.e2e.conftest import QUICK, Client, metric, running
 from tests.e2e.streams import ENDS, Event, Hand, Stream, segments
 from tests.e2e.test_access import command, new_key
 
@@ -37,8 +37,7 @@ LONG_LEASE = {"lease_seconds": "600"}
 @pytest.fixture(scope="module")
 def hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
     folder = tmp_path_factory.mktemp("waiting")
-    with Service.in_folder(folder, {**QUICK, **LONG_LEASE}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **LONG_LEASE}) as service:
         made = Hand(service, folder)
         yield made
         made.close()
@@ -48,8 +47,7 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
     """The same with two API processes."""
     folder = tmp_path_factory.mktemp("two-processes")
-    with Service.in_folder(folder, {**QUICK, **LONG_LEASE, "workers": "2"}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **LONG_LEASE, "workers": "2"}) as service:
         made = Hand(service, folder)
         yield made
         made.close()
@@ -59,8 +57,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
     """The same with API keys."""
     folder = tmp_path_factory.mktemp("guarded")
-    with Service.in_folder(folder, {**QUICK, **LONG_LEASE, "auth": "keys"}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **LONG_LEASE, "auth": "keys"}) as service:
         made = Hand(service, folder)
         yield made
         made.close()
@@ -90,7 +87,7 @@ def later() -> Iterator[ThreadPoolExecutor]:
 def ask(hand: Hand, job: str, tag: str = "", **query: str) -> httpx2.Response:
     headers = {"If-None-Match": tag} if tag else {}
     url = f"{hand.service.base_url}/status/{job}"
-    return httpx2.get(url, params=query, headers=headers, timeout=70, trust_env=False)
+    return httpx2.get(url, params=query, headers=headers, timeout=70, **PLAIN)
 
 
 def waiters(hand: Hand | Client, **kind: str) -> float:
