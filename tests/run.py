@@ -19,7 +19,7 @@ LANES = (  # which take as long as each other, and as the rest
         "tests/e2e/test_parts.py",
         "tests/e2e/test_resending.py",
     ),
-    ("tests/e2e",),
+    ("tests/deploy/test_nginx.py", "tests/e2e"),
 )
 
 
