@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "samples"
 FOX = SAMPLES / "quick-brown-fox.wav"
 FOX_WORDS = "the quick brown fox jumps over the lazy dog"
+PLAIN: dict[str, bool] = {"trust_env": False, "verify": False}
+"""What a client of loopback asks of httpx2 where there are many: without TLS there is nothing to
+verify, and reading the authorities takes 16 ms each time."""
 
 
 def pytest_configure() -> None:
@@ -100,4 +103,4 @@ def alive(pid: int) -> bool:
         return False
 
 
-__all__ = ["FOX", "FOX_WORDS", "ROOT", "SAMPLES", "alive", "signal", "wait_until"]
+__all__ = ["FOX", "FOX_WORDS", "PLAIN", "ROOT", "SAMPLES", "alive", "signal", "wait_until"]

@@ -38,6 +38,7 @@ class Receiver:
         self.replies = list(replies) or [Reply()]
         self.received: list[Received] = []
         self.accepted = 0
+        self.answered = 0  # so many replies were taken to their last byte, or nearly
         self.most_at_once = 0
         self._open = 0
         self._lock = threading.Lock()
@@ -121,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(reply.body)
+            receiver.answered += 1
         finally:
             receiver.done()
 

@@ -10,13 +10,18 @@ from contextlib import ExitStack
 
 LANES = (  # which take as long as each other, and as the rest
     (
+        "tests/browser",
+        "tests/deploy/test_drain.py",
+        "tests/deploy/test_http_nginx.py",
+        "tests/deploy/test_openai_nginx.py",
+        "tests/deploy/test_prometheus.py",
         "tests/e2e/test_failures.py",
         "tests/e2e/test_local_mode.py",
-        "tests/e2e/test_overload.py",
         "tests/e2e/test_parts.py",
         "tests/e2e/test_resending.py",
+        "tests/hostile/test_fuzz.py",
     ),
-    ("tests/e2e",),
+    ("tests/deploy/test_nginx.py", "tests/e2e"),
 )
 
 

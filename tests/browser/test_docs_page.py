@@ -11,14 +11,14 @@ import httpx2
 import pytest
 
 from local.service import Service
+from tests.e2e.conftest import running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with Service.in_folder(tmp_path_factory.mktemp("service")) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("service"), {}) as service:
         yield service
 
 

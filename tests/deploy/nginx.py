@@ -102,7 +102,7 @@ class Nginx:
             (self.folder / "error.log").open("wb") as err,
         ):
             self.process = subprocess.Popen(command, stdout=out, stderr=err)
-        wait_until(self._listens, 10, "nginx listens")
+        wait_until(self._listens, 30, "nginx listens")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,7 +131,7 @@ class Nginx:
             lines = self.access_log()
             return next((line for line in lines if wanted.items() <= line.items()), None)
 
-        return wait_until(ask, 5, f"a log line with {wanted}")
+        return wait_until(ask, 30, f"a log line with {wanted}")
 
 
 class Echo(BaseHTTPRequestHandler):

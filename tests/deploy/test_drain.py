@@ -113,7 +113,7 @@ def test_a_rolling_restart_fails_no_request_and_loses_no_job(processes, turns, t
             NGINX_LIMITS="off",
         ) as nginx,
     ):
-        wait_until(lambda: answers(nginx.url + "/health/ready"), 10, "nginx knows the replicas")
+        wait_until(lambda: answers(nginx.url + "/health/ready"), 30, "nginx knows the replicas")
         with Users(nginx.url, tmp_path) as users:
             for turn in range(int(os.environ.get("DRAIN_TURNS", turns))):
                 users.wait_for(5)
@@ -180,7 +180,7 @@ def test_who_waits_misses_nothing_of_a_rolling_restart(tmp_path):
             NGINX_RESOLVER=names.resolver,
         ) as nginx,
     ):
-        wait_until(lambda: answers(nginx.url + "/health/ready"), 10, "nginx knows the replicas")
+        wait_until(lambda: answers(nginx.url + "/health/ready"), 30, "nginx knows the replicas")
         hand = Hand(service, tmp_path)
         hand.client.http.base_url = nginx.url
         job, whole = hand.begin()
@@ -195,7 +195,7 @@ def test_who_waits_misses_nothing_of_a_rolling_restart(tmp_path):
                 service.wait_ready(30, name)
             texts = [f"{number} {letter}" for number in range(4) for letter in "ab"]
             hand.complete(hand.claim(), segments(texts))
-            assert wait.result(10)["status"] == "completed"
+            assert wait.result(30)["status"] == "completed"
         for follower in followers:
             assert follower.failures == []
             assert follower.streams > 1, "its replica was restarted"
@@ -216,14 +216,14 @@ def test_who_is_connected_when_the_api_is_told_to_stop_is_still_served(processes
             open_ones.enter_context(socket.create_connection(address, 10)) for _ in range(50)
         ]
         service.kill("API", signal.SIGTERM)
-        wait_until(lambda: is_refused(address), 10, "nobody else gets in")
+        wait_until(lambda: is_refused(address), 30, "nobody else gets in")
         for client in clients:
             client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         for client in clients:
             with HTTPResponse(client) as answer:
                 answer.begin()
                 assert answer.status == 200
-        wait_until(lambda: service.popen("API").poll() is not None, 10, "it ends")
+        wait_until(lambda: service.popen("API").poll() is not None, 20, "it ends")
 
 
 def is_refused(address: tuple[str, int]) -> bool:

@@ -33,6 +33,7 @@ from tests.deploy.nginx import (
     templates,
     variables_of_templates,
 )
+from tests.e2e.conftest import running
 
 TLS_FILE = ROOT / "docker-compose.tls.yml"
 TRUST_ALL = "set_real_ip_from 127.0.0.0/8; set_real_ip_from ::1;"
@@ -70,7 +71,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
 @contextmanager
 def client_of(nginx: Nginx, address: str = "127.0.0.1") -> Iterator[httpx2.Client]:
     """A client that comes from `address`."""
-    transport = httpx2.HTTPTransport(local_address=address)
+    transport = httpx2.HTTPTransport(local_address=address, verify=False)
     with httpx2.Client(base_url=nginx.url, transport=transport, timeout=30) as client:
         yield client
 
@@ -244,7 +245,7 @@ def test_a_body_without_a_length_is_cut_at_the_limit(start):
         with client_of(nginx) as client:
             answer = client.post("/transcribe", content=(b"x" * 65_536 for _ in range(400)))
         assert_own_error(answer, 413, "file_too_large", None)
-        wait_until(lambda: "end of POST" in replica.requests, 10, "the API is told")
+        wait_until(lambda: "end of POST" in replica.requests, 30, "the API is told")
 
 
 def test_the_file_limit_itself_is_left_to_the_api(start, echo):
@@ -260,7 +261,7 @@ def test_a_sender_that_stalls_is_cut_off(start):
     with Replica(Draining) as replica:
         nginx = start(replica, NGINX_BODY_TIMEOUT_SECONDS="1")
         with raw(nginx, upload(1000) + b"only this") as sock:
-            wait_until(lambda: "end of POST" in replica.requests, 10)
+            wait_until(lambda: "end of POST" in replica.requests)
             assert nginx.logged(path="/transcribe")["status"] == 408
             assert is_closed(sock)
 
@@ -306,7 +307,7 @@ def test_a_flood_of_uploads_is_429_and_hurts_nobody_else(start, echo):
         assert_own_error(refused[0], 429, "rate_limited", "1")
         assert flood.get("/status/1").status_code == 200, "reads are counted apart"
         assert other.post("/transcribe", content=b"audio").status_code == 200
-        after = wait_until(lambda: flood.post("/v1/audio/transcriptions").status_code == 200, 5)
+        after = wait_until(lambda: flood.post("/v1/audio/transcriptions").status_code == 200)
         assert after, "it may go on after a second"
 
 
@@ -329,31 +330,42 @@ def test_limits_can_be_switched_off(start, echo):
 def test_a_refused_upload_is_not_asked_to_begin(start, echo):
     """With Expect: 100-continue a client waits for leave to send; 429 comes instead of it."""
     nginx = start(echo, NGINX_SUBMIT_PER_SECOND="1", NGINX_SUBMIT_BURST="1")
+
+    def is_refused() -> bool:
+        exhaust(nginx)
+        with raw(nginx, upload(10_000_000, "Expect: 100-continue")) as sock:
+            return sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 429"
+
+    wait_until(is_refused, 30, "it is refused, not asked")
+
+
+def exhaust(nginx: Nginx) -> None:
+    """The next upload is refused, too, if it comes within a second, which no test can promise."""
     with client_of(nginx) as client:
         while client.post("/transcribe").status_code != 429:
             pass
-    with raw(nginx, upload(10_000_000, "Expect: 100-continue")) as sock:
-        answer = HTTPResponse(sock)
-        assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 429"
-        answer.begin()
-        assert answer.status == 429
 
 
 def test_a_client_that_sends_all_before_it_reads_gets_the_429(start, echo):
     nginx = start(echo, NGINX_SUBMIT_PER_SECOND="1", NGINX_SUBMIT_BURST="1")
-    with client_of(nginx) as client:
-        while client.post("/transcribe").status_code != 429:
-            pass
-    with raw(nginx, upload(30_000_000) + b"x" * 30_000_000) as sock:
-        answer = answer_on(sock)
-        assert_problem(429, answer.headers, answer.read(), "rate_limited", "1")
+
+    def is_refused() -> bool:
+        exhaust(nginx)
+        with raw(nginx, upload(30_000_000) + b"x" * 30_000_000) as sock:
+            answer = answer_on(sock)
+            if answer.status == 200:
+                return False
+            assert_problem(429, answer.headers, answer.read(), "rate_limited", "1")
+            return True
+
+    wait_until(is_refused, 30, "it is refused")
 
 
 def test_uploads_at_the_same_time_are_counted_for_each_client(start, echo):
     """Slow senders hold a connection to the API each; one client gets only so many."""
     nginx = start(echo, NGINX_SUBMIT_CONNECTIONS="2")
     with raw(nginx, upload(10) + b"a") as first, raw(nginx, upload(10) + b"b"):
-        wait_until(lambda: len(echo.requests) == 2, 10, "both are under way")
+        wait_until(lambda: len(echo.requests) == 2, 30, "both are under way")
         with client_of(nginx) as third, client_of(nginx, "127.0.0.9") as other:
             assert_own_error(third.post("/transcribe"), 429, "rate_limited", "1")
             assert third.get("/status/1").status_code == 200
@@ -361,7 +373,7 @@ def test_uploads_at_the_same_time_are_counted_for_each_client(start, echo):
             first.sendall(b"x" * 9)
             assert answer_on(first).status == 200
             # nginx lingers for 5 s, as it does with every client that may be sending still.
-            wait_until(lambda: third.post("/transcribe").status_code == 200, 15)
+            wait_until(lambda: third.post("/transcribe").status_code == 200)
 
 
 def test_everything_under_way_is_counted_for_each_client(start):
@@ -378,13 +390,13 @@ def test_everything_under_way_is_counted_for_each_client(start):
         nginx = start(replica, NGINX_CLIENT_CONNECTIONS="2")
         request = b"GET /jobs/1/events HTTP/1.1\r\nHost: x\r\n\r\n"
         with raw(nginx, request) as first, raw(nginx, request):
-            wait_until(lambda: len(replica.requests) == 2, 10, "both wait")
+            wait_until(lambda: len(replica.requests) == 2, 30, "both wait")
             with client_of(nginx, "127.0.0.9") as other:
                 assert_own_error(get(nginx, "/status/1"), 429, "rate_limited", "1")
                 assert other.get("/status/1").status_code == 200
             release.set()
             assert answer_on(first, "GET").status == 200
-            wait_until(lambda: get(nginx, "/status/1").status_code == 200, 5)
+            wait_until(lambda: get(nginx, "/status/1").status_code == 200)
 
 
 # --- Who the client is
@@ -419,22 +431,28 @@ def test_what_clients_say_about_themselves_is_replaced(front):
     assert "forwarded" not in seen
 
 
-def burst_of(nginx: Nginx, forwarded_for: str, address: str = "127.0.0.1") -> Counter[int]:
-    with client_of(nginx, address) as client:
+BURST = {"NGINX_SUBMIT_PER_SECOND": "1", "NGINX_SUBMIT_BURST": "30"}
+
+
+def is_let_in(nginx: Nginx, forwarded_for: str) -> bool:
+    """Uses up what a client may send at once; had it not used it up before?"""
+    with client_of(nginx) as client:
         headers = {"X-Forwarded-For": forwarded_for}
-        return Counter(client.post("/transcribe", headers=headers).status_code for _ in range(12))
+        codes = Counter(client.post("/transcribe", headers=headers).status_code for _ in range(60))
+    assert codes[200] + codes[429] == 60
+    assert codes[429]
+    return codes[200] > 30
 
 
 def test_behind_a_trusted_proxy_each_client_is_counted_by_itself(start, echo):
     nginx = start(
         echo,
         NGINX_TRUSTED_PROXIES=TRUST_ALL,
-        NGINX_SUBMIT_PER_SECOND="1",
-        NGINX_SUBMIT_BURST="3",
+        **BURST,
     )
-    assert burst_of(nginx, "198.51.100.1")[429] > 4
-    assert burst_of(nginx, "198.51.100.2")[200] >= 4, "another client has its own count"
-    assert burst_of(nginx, "6.6.6.6, 198.51.100.1")[429] > 8, "what a client adds is ignored"
+    assert is_let_in(nginx, "198.51.100.1")
+    assert is_let_in(nginx, "198.51.100.2"), "another client has its own count"
+    assert not is_let_in(nginx, "6.6.6.6, 198.51.100.1"), "what a client adds is ignored"
     with client_of(nginx) as proxy:
         headers = {"X-Forwarded-For": "6.6.6.6, 198.51.100.7", "X-Forwarded-Proto": "https"}
         seen = seen_by_api(proxy.get("/status/1", headers=headers))
@@ -473,11 +491,10 @@ def test_an_ipv6_network_counts_as_one_client(one, another, is_same, start, echo
     nginx = start(
         echo,
         NGINX_TRUSTED_PROXIES=TRUST_ALL,
-        NGINX_SUBMIT_PER_SECOND="1",
-        NGINX_SUBMIT_BURST="3",
+        **BURST,
     )
-    assert burst_of(nginx, one)[429] > 4
-    assert (burst_of(nginx, another)[200] < 4) == is_same
+    assert is_let_in(nginx, one)
+    assert is_let_in(nginx, another) != is_same
 
 
 # --- Request ids, headers, the log
@@ -540,7 +557,7 @@ def test_the_log_stays_json_whatever_is_sent(front):
     with raw(front, b"\x16\x03\x01 nonsense\r\n\r\n") as sock:
         answer = answer_on(sock, "GET")
         assert_problem(400, answer.headers, answer.read(), "http_error", None)
-    wait_until(lambda: front.logged(path=""), 5)
+    wait_until(lambda: front.logged(path=""))
     assert all(isinstance(line, dict) for line in front.access_log())
 
 
@@ -604,7 +621,7 @@ def test_an_unknown_name_is_a_problem_until_it_is_known(start, echo):
         nginx = start(NGINX_API=f"api:{echo.port}", NGINX_RESOLVER=names.resolver)
         assert_own_error(get(nginx), 502, "unavailable", "5")
         names.addresses = [echo.address]
-        wait_until(lambda: get(nginx).status_code == 200, 15, "the API is found")
+        wait_until(lambda: get(nginx).status_code == 200, 30, "the API is found")
 
 
 class Losing(Echo):
@@ -633,7 +650,7 @@ def pair(start) -> Iterator:
             second = running.enter_context(Replica(other, "127.0.0.3", first.port))
             names = running.enter_context(Resolver("127.0.0.2", "127.0.0.3"))
             nginx = start(NGINX_API=f"api:{first.port}", NGINX_RESOLVER=names.resolver, **changes)
-            wait_until(lambda: get(nginx, "/nothing").status_code == 200, 10, "names are known")
+            wait_until(lambda: get(nginx, "/nothing").status_code == 200, 30, "names are known")
             return nginx, first, second
 
         yield begin
@@ -658,7 +675,7 @@ def test_a_read_is_sent_to_another_replica_when_one_loses_it(pair):
             assert client.get("/status/1").json()["replica"] == "127.0.0.3"
             return "GET /status/1" in first.requests
 
-        wait_until(was_lost, 10, "the replica that loses it is asked, too")
+        wait_until(was_lost, 30, "the replica that loses it is asked, too")
 
 
 def test_a_rolling_restart_costs_nobody_a_request(pair):
@@ -692,7 +709,7 @@ def test_a_replica_that_does_not_even_refuse_costs_time_only(start, echo):
             NGINX_RESOLVER=names.resolver,
             NGINX_CONNECT_TIMEOUT_SECONDS="1",
         )
-        wait_until(lambda: get(nginx).status_code == 200, 10, "names are known")
+        wait_until(lambda: get(nginx).status_code == 200, 30, "names are known")
         with client_of(nginx) as client:
             codes = [client.get("/status/1").status_code for _ in range(4)]
             codes += [client.post("/transcribe", content=b"x").status_code for _ in range(4)]
@@ -743,13 +760,13 @@ def test_replicas_that_come_and_go_are_followed_without_a_reload(start):
             NGINX_RESOLVER_VALID_SECONDS="1",
             **PLENTY,
         )
-        wait_until(lambda: get(nginx).status_code == 200, 10, "names are known")
+        wait_until(lambda: get(nginx).status_code == 200, 30, "names are known")
         codes: Counter[int] = Counter()
         enough = threading.Event()
 
         def read_on() -> None:
             with client_of(nginx) as client:
-                while not enough.is_set():
+                while not enough.wait(0.002):
                     codes[client.get("/status/1").status_code] += 1
 
         reader = threading.Thread(target=read_on)
@@ -767,19 +784,18 @@ def test_replicas_that_come_and_go_are_followed_without_a_reload(start):
         try:
             two = shares()
             names.addresses = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
-            wait_until(lambda: replicas[2].requests, 10, "the third is asked")
-            three = shares()
+            wait_until(lambda: replicas[2].requests, 30, "the third is asked")
+            wait_until(lambda: min(shares()) > 0.2, 30, "all three share the load")
             names.addresses = ["127.0.0.4"]
             for replica in replicas[:2]:
                 replica.shutdown()
                 replica.server_close()
-            wait_until(lambda: shares() == [0, 0, 1], 10, "only the third is asked")
+            wait_until(lambda: shares() == [0, 0, 1], 30, "only the third is asked")
         finally:
             enough.set()
             reader.join(10)
         assert two[2] == 0
         assert min(two[:2]) > 0.3, two
-        assert min(three) > 0.2, three
         assert set(codes) == {200}, codes
         assert codes[200] > 100
 
@@ -802,7 +818,7 @@ def test_a_replica_that_vanishes_costs_nobody_a_request(start):
             NGINX_CONNECT_TIMEOUT_SECONDS="2",
             **PLENTY,
         )
-        wait_until(lambda: get(nginx).status_code == 200, 10, "names are known")
+        wait_until(lambda: get(nginx).status_code == 200, 30, "names are known")
 
         def use(number: int) -> set[int]:
             method, path = ("GET", "/status/1") if number % 2 else ("POST", "/transcribe")
@@ -811,6 +827,7 @@ def test_a_replica_that_vanishes_costs_nobody_a_request(start):
 
         with ThreadPoolExecutor(24) as users:
             answers = [users.submit(use, number) for number in range(24)]
+            wait_until(lambda: len(replica.requests) >= 12, 30, "the load is on")
             names.addresses = ["127.0.0.5"]
             assert {code for answer in answers for code in answer.result()} == {200}
         tried = [line["upstream"] for line in nginx.access_log()]
@@ -959,8 +976,7 @@ def test_tls_speaks_http_2_and_no_old_protocol(secure):
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with Service.in_folder(folder, {"max_file_size_mb": "1"}) as service:
-        service.wait_ready(60)
+    with running(folder, {"max_file_size_mb": "1"}) as service:
         yield service
 
 

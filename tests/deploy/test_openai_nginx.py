@@ -15,7 +15,7 @@ from local.service import Service
 from shared.settings import Settings
 from tests.conftest import FOX, FOX_WORDS, wait_until
 from tests.deploy.nginx import Echo, Nginx, Replica, shipped
-from tests.e2e.conftest import QUICK, Client, variant
+from tests.e2e.conftest import QUICK, Client, running, variant
 from tests.e2e.sdk import waiters
 
 ADDRESS = "/v1/audio/transcriptions"
@@ -23,8 +23,7 @@ ADDRESS = "/v1/audio/transcriptions"
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with Service.in_folder(tmp_path_factory.mktemp("service"), QUICK) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("service"), QUICK) as service:
         yield service
 
 
@@ -108,7 +107,7 @@ def test_a_stream_begins_while_its_job_waits_and_ends_with_its_reader(
         assert client.status(job)["status"] == "queued"
         assert waiters(client) == 1
         stream.parse().close()
-        wait_until(lambda: waiters(client) == 0, 10, "the API knows that its reader is gone")
+        wait_until(lambda: waiters(client) == 0, 30, "the API knows that its reader is gone")
     finally:
         service.kill("worker", signal.SIGCONT)
         client.http.close()

@@ -38,7 +38,7 @@ from tests.deploy.monitored import (
     selectors,
 )
 from tests.deploy.test_grafana import replaced
-from tests.e2e.conftest import QUICK, Client, variant
+from tests.e2e.conftest import QUICK, Client, running, variant
 
 QUIET_WITHOUT_TRAFFIC = "a fresh install that nobody uses yet"
 QUIET_UNDER_LOAD = "a busy service, just below every threshold"
@@ -227,7 +227,7 @@ class Monitored:
 
     def wait_for_scrapes(self) -> None:
         now = time.time()
-        wait_until(lambda: self.has_scraped_since(now), 20, "every target was scraped twice")
+        wait_until(lambda: self.has_scraped_since(now), 30, "every target was scraped twice")
 
     def use(self, folder: Path, number: int) -> None:
         """What users do: a new job, the same again, a file that fails, one that is refused."""
@@ -265,7 +265,7 @@ def gpu_exporter() -> Iterator[int]:
 
 
 @contextmanager
-def running(command: list[str], log: Path, **options: Any) -> Iterator[None]:
+def process(command: list[str], log: Path, **options: Any) -> Iterator[None]:
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, **options) as own:
         try:
             yield
@@ -301,10 +301,10 @@ def prometheus_of(folder: Path, api_key: str = "", **targets: list[str]) -> Iter
         f"--web.listen-address=127.0.0.1:{port}",
     ]
     with (
-        running(command, folder / "prometheus.log"),
+        process(command, folder / "prometheus.log"),
         httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
     ):
-        wait_until(lambda: answers(client, "/-/ready"), 20, "Prometheus is ready")
+        wait_until(lambda: answers(client, "/-/ready"), 30, "Prometheus is ready")
         yield client
 
 
@@ -324,7 +324,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
         replica = [sys.executable, "-m", "api"]
         environment = {**os.environ, **own}
         stack.enter_context(
-            running(replica, folder / "replica.log", env=environment, cwd=service.settings.data_dir)
+            process(replica, folder / "replica.log", env=environment, cwd=service.settings.data_dir)
         )
         gpu = stack.enter_context(gpu_exporter())
         prometheus = stack.enter_context(
@@ -429,32 +429,37 @@ def test_the_counters_say_what_happened(monitored):
     assert sum(monitored.query("whisper_job_errors_total")) == 2
 
 
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("guarded")
+    with running(folder, {**QUICK, "auth": "keys"}) as service:
+        yield service
+
+
 @pytest.mark.parametrize("is_known", [True, False])
-def test_the_api_is_scraped_with_a_key_where_it_asks_for_one(tmp_path, is_known):
-    with Service.in_folder(tmp_path / "service", {**QUICK, "auth": "keys"}) as service:
-        service.wait_ready(60, "API")
-        key = "fwa_unknown"
-        if is_known:
-            words = ["create", "--name", "prometheus", "--scopes", "metrics"]
-            made = subprocess.run(
-                [sys.executable, "-m", "api.keys", *words],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "REDIS_URL": service.redis_url},
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            key = made.stdout
-        target = service.base_url.removeprefix("http://")
-        with prometheus_of(tmp_path, key, api=[target]) as prometheus:
-            asked = {"query": 'up{job="api"}'}
+def test_the_api_is_scraped_with_a_key_where_it_asks_for_one(guarded, tmp_path, is_known):
+    key = "fwa_unknown"
+    if is_known:
+        words = ["create", "--name", "prometheus", "--scopes", "metrics"]
+        made = subprocess.run(
+            [sys.executable, "-m", "api.keys", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "REDIS_URL": guarded.redis_url},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        key = made.stdout
+    target = guarded.base_url.removeprefix("http://")
+    with prometheus_of(tmp_path, key, api=[target]) as prometheus:
+        asked = {"query": 'up{job="api"}'}
 
-            def scraped() -> list[Any]:
-                answer = prometheus.get("/api/v1/query", params=asked).json()
-                return list(answer["data"]["result"])
+        def scraped() -> list[Any]:
+            answer = prometheus.get("/api/v1/query", params=asked).json()
+            return list(answer["data"]["result"])
 
-            (up,) = wait_until(scraped, 20, "it was scraped")
-            assert up["value"][1] == ("1" if is_known else "0")
+        (up,) = wait_until(scraped, 30, "it was scraped")
+        assert up["value"][1] == ("1" if is_known else "0")
 
 
 def test_redis_memory_is_that_of_the_server(monitored):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,12 @@ import pytest
 import redis
 
 from local.service import Service
-from tests.conftest import FOX, wait_until
+from local.supervisor import StopSignals
+from tests.conftest import FOX, PLAIN, wait_until
 
-QUICK = {"lease_seconds": "4", "reap_interval_seconds": "0.5", "drain_seconds": "1"}
+QUICK = {"lease_seconds": "30", "reap_interval_seconds": "0.5", "drain_seconds": "1"}
+"""The lease is for machines that stand still now and then: a test that waits for its end has a
+shorter one."""
 
 
 class Client:
@@ -22,7 +29,7 @@ class Client:
 
     def __init__(self, service: Service):
         self.service = service
-        self.http = httpx2.Client(base_url=service.base_url, timeout=60, trust_env=False)
+        self.http = httpx2.Client(base_url=service.base_url, timeout=60, **PLAIN)
 
     def submit(self, path: Path = FOX, **fields: str) -> dict[str, Any]:
         with path.open("rb") as file:
@@ -69,7 +76,7 @@ def metric(page: str, name: str, **labels: str) -> float:
 
 
 def worker_metric(service: Service, worker: str, name: str, **labels: str) -> float:
-    page = httpx2.get(service.worker_url_of(worker) + "/metrics", trust_env=False, timeout=30)
+    page = httpx2.get(service.worker_url_of(worker) + "/metrics", **PLAIN, timeout=30)
     return metric(page.text, name, **labels)
 
 
@@ -77,9 +84,17 @@ def completed_runs(service: Service, worker: str = "worker") -> float:
     return worker_metric(service, worker, "whisper_jobs_total", status="completed")
 
 
+def counted_runs(service: Service) -> float:
+    """How many there were until now, when the worker has counted them all."""
+    stats = httpx2.get(f"{service.base_url}/stats", **PLAIN).json()
+    runs = stats["transcriptions"]["completed"]
+    expect_completed_runs(service, runs)
+    return float(runs)
+
+
 def expect_completed_runs(service: Service, number: float, worker: str = "worker") -> None:
     """So many and no more. The store knows of an end a moment before the worker counts it."""
-    wait_until(lambda: completed_runs(service, worker) >= number, 10, f"{number} runs are counted")
+    wait_until(lambda: completed_runs(service, worker) >= number, 30, f"{number} runs are counted")
     assert completed_runs(service, worker) == number
 
 
@@ -93,11 +108,32 @@ def leftovers(service: Service) -> list[str]:
     return [path.name for path in (service.settings.data_dir / "uploads").iterdir()]
 
 
+def long_ago(service: Service, *jobs: str) -> None:
+    """They were submitted before the last minute: what is younger a reaper leaves to its API."""
+    for job in jobs:
+        folder = service.settings.data_dir / "uploads" / job
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (time.time() - 60,) * 2)
+
+
+@contextmanager
+def running(folder: Path, environment: Mapping[str, str]) -> Iterator[Service]:
+    """A service that is ready. In the end it is killed: a stop takes seconds, and the tests that
+    are about one stop it themselves."""
+    stop = StopSignals()
+    given = {"TMPDIR": str(folder), **environment}  # what it has no time to remove is pytest's
+    with Service.in_folder(folder, given, stop) as service:
+        try:
+            service.wait_ready(60)
+            yield service
+        finally:
+            stop.is_urgent = True
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One service for the tests of a module that leave it as they found it."""
-    with Service.in_folder(tmp_path_factory.mktemp("service"), QUICK) as service:
-        service.wait_ready(60)
+    with running(tmp_path_factory.mktemp("service"), QUICK) as service:
         yield service
 
 
@@ -111,21 +147,17 @@ def client(service: Service) -> Iterator[Client]:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Service, Client]]]:
     """Starts services of the test's own, to break."""
-    running: list[tuple[Service, Client]] = []
+    numbers = count()
+    with ExitStack() as stack:
 
-    def begin(**environment: str) -> tuple[Service, Client]:
-        folder = tmp_path / f"service-{len(running)}"
-        service = Service.in_folder(folder, {**QUICK, **environment})
-        service.__enter__()
-        client = Client(service)
-        running.append((service, client))
-        service.wait_ready(60)
-        return service, client
+        def begin(**environment: str) -> tuple[Service, Client]:
+            folder = tmp_path / f"service-{next(numbers)}"
+            service = stack.enter_context(running(folder, {**QUICK, **environment}))
+            client = Client(service)
+            stack.callback(client.http.close)
+            return service, client
 
-    yield begin
-    for service, client in running:
-        client.http.close()
-        service.__exit__(None, None, None)
+        yield begin
 
 
 @pytest.fixture

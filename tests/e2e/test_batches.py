@@ -20,9 +20,11 @@ from tests.conftest import FOX, FOX_WORDS, wait_until
 from tests.e2e.conftest import (
     QUICK,
     Client,
-    completed_runs,
+    counted_runs,
     expect_completed_runs,
     leftovers,
+    long_ago,
+    running,
     variant,
 )
 from tests.e2e.test_api import problem
@@ -34,8 +36,7 @@ NOTE = b"note\x04\x00\x00\x00"
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
     settings = {**QUICK, "list_jobs": "true", "max_file_size_mb": "1", "workers": "2"}
-    with Service.in_folder(folder, settings) as service:
-        service.wait_ready(60)
+    with running(folder, settings) as service:
         yield service
 
 
@@ -119,13 +120,13 @@ def test_a_bad_file_spoils_no_other(service, client):
     assert all((each["job"] is None) != (each["error"] is None) for each in batch["jobs"])
     counts = done(client, batch["batch_id"])["counts"]
     assert (counts["completed"], counts["failed"]) == (2, 1)
-    wait_until(lambda: leftovers(service) == [], 10, "nothing of the refused is left")
+    wait_until(lambda: leftovers(service) == [], 30, "nothing of the refused is left")
 
 
 def test_a_batch_without_a_good_file_is_an_error_and_leaves_nothing(service, client):
     assert problem(send(client, b"", b"hello\n" * 500)) == (422, "empty_file")
     assert problem(send(client, b"hello\n" * 500)) == (415, "unsupported_media")
-    wait_until(lambda: leftovers(service) == [], 10)
+    wait_until(lambda: leftovers(service) == [])
 
 
 def test_a_batch_that_is_wrong_as_a_whole_submits_nothing(service, client, raw_of):
@@ -148,7 +149,7 @@ def test_a_batch_that_is_wrong_as_a_whole_submits_nothing(service, client, raw_o
     with service_socket(service, "/batches", announced) as answer:
         assert b" 413 " in answer
     assert client.stats()["jobs"]["submitted"] == before
-    wait_until(lambda: leftovers(service) == [], 15, "nothing is left on disk")
+    wait_until(lambda: leftovers(service) == [], 30, "nothing is left on disk")
 
 
 @contextmanager
@@ -176,7 +177,7 @@ def test_a_broken_batch_submits_nothing(service, client):
             content=body(),
             headers={"Content-Type": "multipart/form-data; boundary=x"},
         )
-    wait_until(lambda: leftovers(service) == [], 10, "nothing stays")
+    wait_until(lambda: leftovers(service) == [], 30, "nothing stays")
     assert client.stats()["jobs"]["submitted"] == before
 
 
@@ -204,7 +205,7 @@ def test_deleting_a_batch_cancels_and_erases_all_of_it(service, client, raw_of):
     everything = json.dumps(dump(raw_of(service)))
     for trace in (*ids, batch["batch_id"], secret):
         assert trace not in everything
-    wait_until(lambda: leftovers(service) == [], 15, "nothing is left on disk")
+    wait_until(lambda: leftovers(service) == [], 30, "nothing is left on disk")
 
 
 def dump(raw: Any) -> dict[str, Any]:
@@ -226,6 +227,7 @@ def test_a_batch_comes_back_when_redis_has_lost_everything(start, raw_of, tmp_pa
     service.kill("worker")
     batch = batch_of(client, sound(0), sound(1), metadata='{"n":1}')
     raw_of(service).flushall()
+    long_ago(service, *(each["job"]["job_id"] for each in batch["jobs"]))
     service.restart("worker")
 
     def is_back() -> bool:
@@ -264,7 +266,7 @@ def test_the_memory_of_the_api_stays_flat_while_a_batch_arrives(start, tmp_path)
 
 def test_a_batch_that_is_sent_again_with_its_key_is_the_same_batch(service, client):
     """Also by two clients at the same time, and where only some of it had been accepted."""
-    runs = completed_runs(service)
+    runs = counted_runs(service)
     contents, key = [sound(0), b"hello\n" * 500, sound(1)], uuid4().hex
     first, again = (send(client, *contents, key=key) for _ in range(2))
     assert "idempotent-replayed" not in first.headers
@@ -278,7 +280,7 @@ def test_a_batch_that_is_sent_again_with_its_key_is_the_same_batch(service, clie
     done(client, first.json()["batch_id"])
     expect_completed_runs(service, runs + 2)
     assert problem(send(client, sound(0), key=key)) == (409, "idempotency_conflict")
-    wait_until(lambda: leftovers(service) == [], 10)
+    wait_until(lambda: leftovers(service) == [])
 
 
 # --- Lists ----------------------------------------------------------------------------------------
@@ -335,13 +337,23 @@ def test_a_batch_or_cursor_that_leads_nowhere_is_an_empty_list(client):
         assert client.http.get("/jobs", params=asked).json() == {"jobs": [], "next_cursor": None}
 
 
-def test_jobs_are_not_listed_without_keys_unless_a_setting_says_so(start):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A service with every setting at its default, in which each test erases its jobs."""
+    with running(tmp_path_factory.mktemp("plain"), QUICK) as service:
+        client = Client(service)
+        yield client
+        client.http.close()
+
+
+def test_jobs_are_not_listed_without_keys_unless_a_setting_says_so(plain):
     """Their ids are what guards them. Who knows a batch's id knows enough to see its jobs."""
-    _, client = start()
-    batch = batch_of(client, sound(0))
-    assert problem(client.http.get("/jobs")) == (403, "listing_off")
-    assert problem(client.http.get("/jobs", params={"status": "queued"})) == (403, "listing_off")
-    assert len(client.http.get(batch["links"]["jobs"]).json()["jobs"]) == 1
+    batch = batch_of(plain, sound(0))
+    assert problem(plain.http.get("/jobs")) == (403, "listing_off")
+    assert problem(plain.http.get("/jobs", params={"status": "queued"})) == (403, "listing_off")
+    assert len(plain.http.get(batch["links"]["jobs"]).json()["jobs"]) == 1
+    done(plain, batch["batch_id"])
+    plain.http.delete(batch["links"]["cancel"]).raise_for_status()
 
 
 # --- Cancel and erase -----------------------------------------------------------------------------
@@ -363,9 +375,9 @@ def test_cancelling_never_erases(service, client, tmp_path):
 
 
 @pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
-def test_an_erased_job_leaves_no_trace(start, raw_of, tmp_path, end):
+def test_an_erased_job_leaves_no_trace(plain, raw_of, tmp_path, end):
     """However it ended: no key, list, cache entry or file of it, and none of what it said."""
-    service, client = start()
+    service, client = plain.service, plain
     secret = f"secret-{uuid4().hex}"
     content = b"\0" * 5000 if end == "failed" else sound(0)
     path = tmp_path / "a.wav"
@@ -394,4 +406,4 @@ def test_an_erased_job_leaves_no_trace(start, raw_of, tmp_path, end):
     everything = json.dumps(left)
     for trace in (job_id, fingerprint, secret, "brown fox"):
         assert trace not in everything
-    wait_until(lambda: leftovers(service) == [], 15, "nothing is left on disk")
+    wait_until(lambda: leftovers(service) == [], 30, "nothing is left on disk")

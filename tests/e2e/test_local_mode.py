@@ -23,7 +23,7 @@ from local.ports import free_port
 from local.processes import CannotRun, Process
 from local.redis_server import RedisServer, find_binary
 from local.supervisor import StopSignals
-from tests.conftest import FOX, FOX_WORDS, ROOT, alive, wait_until
+from tests.conftest import FOX, FOX_WORDS, PLAIN, ROOT, alive, wait_until
 from tests.e2e.conftest import variant
 
 pytestmark = pytest.mark.skipif(
@@ -103,7 +103,7 @@ class Launcher:
 
     def ended(self, within: float = 60) -> int:
         status = self.popen.wait(within)
-        wait_until(lambda: not self.processes(), 10, f"nothing is left of {self.processes()}")
+        wait_until(lambda: not self.processes(), 30, f"nothing is left of {self.processes()}")
         return status
 
     def transcribe(self, path: Path = FOX) -> str:
@@ -111,9 +111,7 @@ class Launcher:
 
         def ask(method: str, address: str, **more: object) -> httpx2.Response | None:
             try:
-                answer = httpx2.request(
-                    method, self.url + address, trust_env=False, timeout=30, **more
-                )
+                answer = httpx2.request(method, self.url + address, **PLAIN, timeout=30, **more)
             except httpx2.TransportError:
                 return None
             return answer if answer.is_success else None
@@ -151,6 +149,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
         launcher.popen.wait()
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """One that goes on whatever its tests do."""
+    words = [sys.executable, "-m", "local", "run"]
+    launcher = Launcher(tmp_path_factory.mktemp("running"), words, {}).wait_ready()
+    yield launcher
+    launcher.end(signal.SIGINT)
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_run_prints_a_curl_that_works_and_ctrl_c_stops_everything(start: Start):
     """One command to start, one line to copy, one key to stop; the job is there the next time."""
@@ -167,7 +174,7 @@ def test_run_prints_a_curl_that_works_and_ctrl_c_stops_everything(start: Start):
     assert launcher.out.endswith("Stopped.\n")
 
     again = start().wait_ready()
-    result = httpx2.get(f"{again.url}/result/{job}", trust_env=False)
+    result = httpx2.get(f"{again.url}/result/{job}", **PLAIN)
     assert result.json()["text"] == FOX_WORDS
     assert again.end(signal.SIGTERM) == 0
 
@@ -199,18 +206,18 @@ def test_a_killed_launcher_leaves_no_process_behind(start: Start, tmp_path):
     recording = long_recording(tmp_path / "long.wav", 1800)
     with recording.open("rb") as file:
         answer = httpx2.post(
-            f"{launcher.url}/transcribe", files={"file": file}, trust_env=False, timeout=60
+            f"{launcher.url}/transcribe", files={"file": file}, **PLAIN, timeout=60
         )
     status = f"{launcher.url}/status/{answer.json()['job_id']}"
     wait_until(
-        lambda: httpx2.get(status, trust_env=False).json()["status"] == "processing",
+        lambda: httpx2.get(status, **PLAIN).json()["status"] == "processing",
         what="the transcription runs",
     )
     assert len(launcher.processes()) >= 6  # itself, Redis, three of the API, the worker
     assert launcher.end(signal.SIGKILL) == -signal.SIGKILL
 
     again = start(PORT=str(launcher.port)).wait_ready()
-    assert httpx2.get(status, trust_env=False).json()["status"] in {"queued", "processing"}
+    assert httpx2.get(status, **PLAIN).json()["status"] in {"queued", "processing"}
     again.popen.send_signal(signal.SIGINT)
     again.popen.send_signal(signal.SIGINT)
     assert again.ended() == 0
@@ -234,18 +241,20 @@ def test_a_port_in_use_is_one_sentence_and_nothing_runs(start: Start):
     assert launcher.out == ""
 
 
-def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(start: Start):
+def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(running):
     """Two of them would write the same Redis files."""
-    first = start().wait_ready()
-    second = start()
-    assert second.popen.wait(30) == 1
-    assert f"(process {first.popen.pid})" in second.err
-    assert first.transcribe() == FOX_WORDS
+    second = Launcher(running.folder, running.popen.args, {})
+    try:
+        assert second.popen.wait(30) == 1
+    finally:
+        second.popen.kill()
+    assert f"(process {running.popen.pid})" in second.err
+    assert running.transcribe() == FOX_WORDS
 
 
-def test_two_runs_on_two_folders_are_two_services(start: Start):
+def test_two_runs_on_two_folders_are_two_services(running, start: Start):
     """The second finds a port for its worker by itself."""
-    for launcher in [start(folder="one").wait_ready(), start(folder="two").wait_ready()]:
+    for launcher in (running, start().wait_ready()):
         assert launcher.transcribe() == FOX_WORDS
 
 
@@ -258,14 +267,15 @@ def test_a_model_that_can_not_be_had_ends_with_one_sentence(start: Start):
     assert "starting it again" not in launcher.out
 
 
-@pytest.mark.parametrize("words", ["-m worker", "-m api", "-server"])
-def test_whatever_is_killed_comes_back(start: Start, words: str, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "words"),
+    [(1, "worker", "-m worker"), (2, "API", "-m api"), (3, "Redis", "-server")],
+)
+def test_whatever_is_killed_comes_back(running, number: int, name: str, words: str, tmp_path):
     """The supervisor starts it again, the others find it, and jobs go on."""
-    launcher = start().wait_ready()
-    assert launcher.transcribe() == FOX_WORDS
-    os.kill(launcher.pid_of(words), signal.SIGKILL)
-    wait_until(lambda: "was killed by SIGKILL; starting it again" in launcher.out)
-    assert launcher.transcribe(variant(tmp_path / "another.wav", 1)) == FOX_WORDS
+    os.kill(running.pid_of(words), signal.SIGKILL)
+    wait_until(lambda: f"{name} was killed by SIGKILL; starting it again" in running.out)
+    assert running.transcribe(variant(tmp_path / "another.wav", number)) == FOX_WORDS
 
 
 def test_a_redis_url_is_used_and_no_redis_started(start: Start, tmp_path):

@@ -23,14 +23,14 @@ from standardwebhooks import Webhook
 from local.ports import free_port
 from local.service import Service
 from tests.conftest import FOX, FOX_WORDS, ROOT, wait_until
-from tests.e2e.conftest import QUICK, Client, leftovers, metric, variant
+from tests.e2e.conftest import QUICK, Client, leftovers, long_ago, metric, running, variant
 from tests.e2e.test_access import Holder, new_key
 from tests.receiver import Canary, Receiver, Reply
 
 SETTINGS = {
     "egress_allow": "127.0.0.1",
     "list_jobs": "true",
-    "webhook_timeout_seconds": "1",
+    "webhook_timeout_seconds": "2",
     "webhook_retry_seconds": ",".join(["0.5"] * 20),
 }
 
@@ -38,8 +38,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with Service.in_folder(folder, {**QUICK, **SETTINGS}) as service:
-        service.wait_ready(60)
+    with running(folder, {**QUICK, **SETTINGS}) as service:
         yield service
 
 
@@ -136,7 +135,7 @@ def test_failed_and_cancelled_jobs_are_told_too(service, client, receiver, tmp_p
     assert event["data"]["error"]["code"] == "unreadable_media"
     again = client.http.post(f"/jobs/{failed}/webhook/redeliver")
     assert (again.status_code, again.json()["job_id"]) == (202, failed)
-    wait_until(lambda: len(receiver.received) == 2, 10, "it is told again")
+    wait_until(lambda: len(receiver.received) == 2, 30, "it is told again")
     first, second = receiver.received
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
     assert first.body == second.body
@@ -228,7 +227,7 @@ def test_what_receivers_do_and_what_becomes_of_it(client, tmp_path):
             name: client.submit(FOX, webhook_url=url, language="en")["job_id"]
             for name, url in urls.items()
         }
-        wait_until(lambda: len(webhook(client, jobs["down, then up"])["attempts"]) >= 2, 20)
+        wait_until(lambda: len(webhook(client, jobs["down, then up"])["attempts"]) >= 2)
         with Receiver(port=port):
             seen = {
                 name: told(client, job_id, "failed" if name == "404" else "delivered", 20)
@@ -237,7 +236,7 @@ def test_what_receivers_do_and_what_becomes_of_it(client, tmp_path):
             }
         tested.set()
         away = "redirect to loopback"
-        wait_until(lambda: len(webhook(client, jobs[away])["attempts"]) >= 3, 20)
+        wait_until(lambda: len(webhook(client, jobs[away])["attempts"]) >= 3)
         seen[away] = webhook(client, jobs[away])
         client.http.delete(f"/jobs/{jobs[away]}")  # enough
     rows = {name: (each["state"], *said(each)) for name, each in seen.items()}
@@ -297,25 +296,24 @@ def test_a_job_without_a_webhook_says_so(client, tmp_path):
     assert (unknown.status_code, unknown.json()["code"]) == (404, "job_not_found")
 
 
-def test_a_webhook_is_told_although_api_and_redis_die_meanwhile(start, tmp_path):
+def test_a_webhook_is_told_although_api_and_redis_die_meanwhile(service, client, tmp_path):
     """Its receiver is down all the time, and back at the end."""
-    service, client = start(**SETTINGS)
     port = free_port()
     job_id = client.submit(
-        variant(tmp_path / "fox.wav", 1), webhook_url=f"http://127.0.0.1:{port}/hook"
+        variant(tmp_path / "fox.wav", 5), webhook_url=f"http://127.0.0.1:{port}/hook"
     )["job_id"]
     client.wait(job_id)
-    wait_until(lambda: len(webhook(client, job_id)["attempts"]) >= 2, 20, "it was tried")
+    wait_until(lambda: len(webhook(client, job_id)["attempts"]) >= 2, 30, "it was tried")
     service.kill("API")
-    service.popen("API").wait(10)
+    service.popen("API").wait(30)
     service.restart("API")
     service.wait_ready(30, "API")
     seen = webhook(client, job_id)
     assert seen["state"] == "pending"
-    wait_until(lambda: len(webhook(client, job_id)["attempts"]) > len(seen["attempts"]), 20)
-    wait_until(lambda: _saved(service, job_id), 5, "the append-only file is written each second")
+    wait_until(lambda: len(webhook(client, job_id)["attempts"]) > len(seen["attempts"]))
+    wait_until(lambda: _saved(service, job_id), 30, "the append-only file is written each second")
     service.kill("Redis")
-    service.popen("Redis").wait(10)
+    service.popen("Redis").wait(30)
     service.restart("Redis")
     with Receiver(port=port) as receiver:
         seen = told(client, job_id)
@@ -330,17 +328,18 @@ def _saved(service: Service, job_id: str) -> bool:
     return any(job_id.encode() in path.read_bytes() for path in folder.rglob("*.aof"))
 
 
-def test_an_attempt_that_dies_with_its_process_is_made_again_under_the_same_id(start, tmp_path):
+def test_an_attempt_that_dies_with_its_process_is_made_again_under_the_same_id(
+    service, client, tmp_path
+):
     """By another process, once its lease has ended: a receiver may hear it twice."""
-    service, client = start(**SETTINGS)
     tested = threading.Event()
     with Receiver(Reply(after=tested.wait), Reply()) as receiver:
-        job_id = client.submit(variant(tmp_path / "fox.wav", 1), webhook_url=receiver.url())[
+        job_id = client.submit(variant(tmp_path / "fox.wav", 6), webhook_url=receiver.url())[
             "job_id"
         ]
         wait_until(lambda: receiver.received, 30, "it is being told")
         service.kill("API")
-        service.popen("API").wait(10)
+        service.popen("API").wait(30)
         service.restart("API")
         service.wait_ready(30, "API")
         seen = told(client, job_id)
@@ -350,14 +349,16 @@ def test_an_attempt_that_dies_with_its_process_is_made_again_under_the_same_id(s
     assert ids == [seen["webhook_id"]] * 2
 
 
-def test_a_job_that_an_emptied_redis_had_lost_still_tells_its_webhook(start, raw_of, tmp_path):
-    service, client = start(**SETTINGS)
+def test_a_job_that_an_emptied_redis_had_lost_still_tells_its_webhook(
+    service, client, raw_of, tmp_path
+):
     with Receiver() as receiver:
         service.kill("worker", signal.SIGSTOP)
-        job_id = client.submit(variant(tmp_path / "fox.wav", 1), webhook_url=receiver.url())[
+        job_id = client.submit(variant(tmp_path / "fox.wav", 7), webhook_url=receiver.url())[
             "job_id"
         ]
         raw_of(service).flushall()
+        long_ago(service, job_id)
         service.kill("worker", signal.SIGCONT)
         wait_until(lambda: receiver.received, 60, "it is told")
         assert json.loads(receiver.received[0].body)["data"]["job_id"] == job_id
@@ -382,7 +383,7 @@ def test_with_keys_a_webhook_is_its_owner_s_alone(start, tmp_path):
         again = acme.http.post(f"/jobs/{job_id}/webhook/redeliver")
         assert again.status_code == 202, "it is no job, which a limit of jobs could refuse"
         service.kill("worker", signal.SIGCONT)
-        wait_until(lambda: len(receiver.received) == 2, 10, "it is told again")
+        wait_until(lambda: len(receiver.received) == 2, 30, "it is told again")
     for request in receiver.received:
         Webhook(secret_of(service, "acme")).verify(request.body, request.headers)
         for words in ((), ("globex",)):
@@ -482,9 +483,9 @@ def test_who_fetches_slowly_delays_nobody_else(client, tmp_path):
             )
         )
         asking.start()
-        wait_until(lambda: silent.received, 10, "it is asked")
+        wait_until(lambda: silent.received, 30, "it is asked")
         job_id = client.submit(variant(tmp_path / "fox.wav", 9))["job_id"]
-        client.wait(job_id, within=20)
+        client.wait(job_id, within=60)
         assert answers == []
         tested.set()
         asking.join(30)

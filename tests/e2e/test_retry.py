@@ -19,7 +19,7 @@ from local.service import Service
 from shared.broker import celery_app
 from shared.errors import InputMissing, ServiceError, UnreadableMedia, WorkerLost
 from tests.conftest import FOX_WORDS, ROOT, signal, wait_until
-from tests.e2e.conftest import QUICK, Client, leftovers, variant
+from tests.e2e.conftest import QUICK, Client, leftovers, running, variant
 from tests.e2e.test_access import Holder, new_key
 from tests.receiver import Receiver
 from worker.store import WorkerStore
@@ -29,7 +29,7 @@ SETTINGS = {
     "auth": "keys",
     "worker_slots": str(JOBS),
     "max_attempts": "1",
-    "lease_seconds": "3",
+    "lease_seconds": "5",
     "egress_allow": "127.0.0.1",
 }
 
@@ -64,8 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(folder: Path) -> Iterator[Service]:
     settings = {**QUICK, **SETTINGS, "PYTHONPATH": f"{folder}:{ROOT}"}
-    with Service.in_folder(folder / "service", settings) as service:
-        service.wait_ready(60)
+    with running(folder / "service", settings) as service:
         yield service
 
 
@@ -128,7 +127,7 @@ def test_ten_dead_jobs_are_done_after_their_cause_is_mended_and_a_retry_each(
         for job in jobs:
             seen = user.wait(job, "failed")
             assert (seen["error"]["code"], seen["attempts"]) == ("worker_lost", 1)
-        wait_until(lambda: len(receiver.received) == JOBS, 10, "their ends are told")
+        wait_until(lambda: len(receiver.received) == JOBS, 30, "their ends are told")
 
         listed = retryable(service)
         assert sorted(line[0] for line in listed) == sorted(jobs)
@@ -143,7 +142,7 @@ def test_ten_dead_jobs_are_done_after_their_cause_is_mended_and_a_retry_each(
         for job in jobs:
             assert user.wait(job)["attempts"] == 1
             assert user.text(job) == FOX_WORDS
-        wait_until(lambda: len(receiver.received) == 2 * JOBS, 10, "their new ends are told")
+        wait_until(lambda: len(receiver.received) == 2 * JOBS, 30, "their new ends are told")
         told: dict[str, list[tuple[str, str]]] = {job: [] for job in jobs}
         for request in receiver.received:
             event = json.loads(request.body)

@@ -186,7 +186,7 @@ def pages_of(port: int) -> Iterator[str]:
                 return "SUCCESS" in flower.get("/api/tasks").text
             return False
 
-        wait_until(has_seen, 40, "Flower shows a task")
+        wait_until(has_seen, 60, "Flower shows a task")
         for path in ("/api/tasks", "/api/workers?refresh=1", "/workers", "/broker", "/metrics"):
             yield flower.get(path, follow_redirects=True).text
     yield httpx2.get(f"{address}/api/tasks", trust_env=False).text

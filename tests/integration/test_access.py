@@ -89,7 +89,7 @@ async def test_a_key_opens_until_it_is_revoked_and_only_whole(ring, settings):
     await elsewhere.close()
     began = time.monotonic()
     while await ring.holder(text) is not None:
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 20
         await asyncio.sleep(0.05)
     assert await ring.all() == []
 

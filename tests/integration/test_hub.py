@@ -28,7 +28,7 @@ from shared.metrics import ApiMetrics
 from shared.settings import Settings
 from tests.integration.test_job_store import complete, end_lease, manifest
 
-SOON = 5.0
+SOON = 8.0  # before a connection over which nothing comes is given up, which would help, too
 
 
 @pytest.fixture
@@ -74,11 +74,12 @@ def reads(raw) -> int:
 
 async def quiet(raw) -> int:
     """Waits until no script was run for a while; returns how many were until then."""
-    count, since = reads(raw), time.monotonic()
-    while time.monotonic() - since < 0.15:
+    count, looks = reads(raw), 0
+    while looks < 15:
         await asyncio.sleep(0.01)
+        looks += 1
         if reads(raw) != count:
-            count, since = reads(raw), time.monotonic()
+            count, looks = reads(raw), 0
     return count
 
 
@@ -300,8 +301,8 @@ async def test_a_silent_redis_is_left_for_another_try(
     store, worker, settings, raw, metrics, monkeypatch
 ):
     """A connection over which nothing comes any more looks like one over which nothing is said."""
-    monkeypatch.setattr(notices, "PING_SECONDS", 0.1)
-    monkeypatch.setattr(notices, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(notices, "PING_SECONDS", 0.3)
+    monkeypatch.setattr(notices, "SILENT_SECONDS", 1.0)
     hub = Hub(store, lambda: lone_connection(settings), 9, metrics.waiters)
     hub.start()
     job = await submitted(store, settings)
@@ -310,9 +311,9 @@ async def test_a_silent_redis_is_left_for_another_try(
         async with asyncio.timeout(SOON), watch(hub, job) as changes:
             assert await changes.next()
             (listener,) = (c for c in raw.client_list() if c["name"] == "whisper-api-notices")
-            assert await changes.next(1) is None
+            assert await changes.next(1.5) is None
             assert listener["id"] in {c["id"] for c in raw.client_list()}, "quiet is not silent"
-            raw.client_pause(700)
+            raw.client_pause(2500)
             complete_later = asyncio.create_task(
                 asyncio.to_thread(complete, worker, settings, claim)
             )
@@ -326,8 +327,8 @@ async def test_a_silent_redis_is_left_for_another_try(
 
 async def test_coming_and_going_is_no_silence(store, settings, raw, metrics, monkeypatch):
     """Who asks for the same job again and again makes nothing to be said to Redis."""
-    monkeypatch.setattr(notices, "PING_SECONDS", 0.1)
-    monkeypatch.setattr(notices, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(notices, "PING_SECONDS", 0.3)
+    monkeypatch.setattr(notices, "SILENT_SECONDS", 1.0)
     hub = Hub(store, lambda: lone_connection(settings), 9, metrics.waiters)
     hub.start()
     job = await submitted(store, settings)
@@ -336,7 +337,7 @@ async def test_coming_and_going_is_no_silence(store, settings, raw, metrics, mon
         return [c["id"] for c in raw.client_list() if c["name"] == "whisper-api-notices"]
 
     try:
-        seen, deadline = set(), time.monotonic() + 0.8
+        seen, deadline = set(), time.monotonic() + 2
         while time.monotonic() < deadline:
             async with watch(hub, job) as changes:
                 assert await changes.next(), "it is heard"

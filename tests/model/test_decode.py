@@ -98,7 +98,7 @@ def server_of(decoder: Decoder) -> int:
 def child_of(decoder: Decoder) -> int:
     """A child that has begun to decode."""
     pid = wait_until(lambda: children(server_of(decoder)), 20, "a child lives")[0]
-    wait_until(lambda: limits_of(pid)["Max cpu time"][0] != "unlimited", 5, "it has its limits")
+    wait_until(lambda: limits_of(pid)["Max cpu time"][0] != "unlimited", 30, "it has its limits")
     return pid
 
 
@@ -250,7 +250,7 @@ def test_a_file_that_names_an_address_or_another_file_reaches_neither(
         began = time.monotonic()
         with pytest.raises(UnreadableMedia):
             decode(path, max_seconds=LIMIT)
-        assert time.monotonic() - began < 5, "nothing was waited for"
+        assert time.monotonic() - began < 30, "nothing was waited for"
         with pytest.raises(BlockingIOError):
             listener.accept()
     assert victim.stat().st_atime == 1
@@ -385,7 +385,7 @@ def test_a_child_has_its_limits_and_nothing_open_but_its_three_descriptors(made,
         )
         assert status["NoNewPrivs"] == "1"
         assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
-        wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) >= 7, 5, "FFmpeg has opened it")
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) >= 7, 30, "FFmpeg has opened it")
         open_files = {fd.name: os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
         kinds = [target.partition(":")[0] for _, target in sorted(open_files.items())]
         assert kinds == [*["/dev/null"] * 3, str(endless), "pipe", "socket", str(endless)]
@@ -399,9 +399,12 @@ def halt(stop: threading.Event) -> None:
         raise Stop
 
 
-def test_who_burns_cpu_is_stopped(made, endless):
+def test_who_burns_cpu_is_stopped(made, tmp_path):
+    """Far more than the second that it may take: Linux counts ticks, and a child that often waits
+    for its reader is asleep at many of them."""
+    path = encode(tmp_path / "burns.flac", np.zeros(5 * 3600 * 4_000, np.int16), 4_000)
     with pytest.raises(UnreadableMedia, match="more processor time"):
-        made(QUICK).decode(endless, max_seconds=4 * 3600)
+        made(QUICK).decode(path, max_seconds=6 * 3600)
 
 
 def test_who_delivers_audio_may_go_on(made, endless):
@@ -436,7 +439,7 @@ def test_who_stands_still_is_stopped(made, endless):
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(UnreadableMedia, match="stood still for 1 seconds"):
             running.result(20)
-    wait_until(lambda: not alive(pid), 5, "it is killed")
+    wait_until(lambda: not alive(pid), 30, "it is killed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
@@ -514,7 +517,7 @@ def test_a_killed_server_is_started_again(made, endless):
         pid, second = child_of(decoder), server_of(decoder)
         os.kill(pid, signal.SIGSTOP)  # so that it can't end by itself
         os.kill(second, signal.SIGKILL)
-        wait_until(lambda: not alive(pid), 5, "it dies with its server")
+        wait_until(lambda: not alive(pid), 30, "it dies with its server")
         assert len(running.result(60)[0]) == 3 * 3600 * 16_000
     assert len({first, second, server_of(decoder)}) == 3
     assert not alive(first)
@@ -550,7 +553,7 @@ def test_nothing_outlives_a_worker_that_is_killed(endless):
         server = int(worker.stdout.readline())
         child = wait_until(lambda: children(server), 20, "a child decodes")[0]
         worker.kill()
-    wait_until(lambda: not alive(server) and not alive(child), 5, "both are gone")
+    wait_until(lambda: not alive(server) and not alive(child), 30, "both are gone")
 
 
 def test_an_interrupt_of_the_terminal_leaves_the_decoding_alone(made, endless, caplog):
@@ -614,7 +617,7 @@ def test_nothing_is_left_open_after_many_files(made, tmp_path):
 
     def used() -> tuple[int, int, int]:
         server = server_of(decoder)
-        wait_until(lambda: children(server) == [], 5, "all children are waited for")
+        wait_until(lambda: children(server) == [], 30, "all children are waited for")
         return (len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{server}/fd")), server)
 
     def resident_mib(pid: int | str) -> float:
@@ -626,7 +629,7 @@ def test_nothing_is_left_open_after_many_files(made, tmp_path):
     before, ours, its = used(), resident_mib("self"), resident_mib(server_of(decoder))
     for _ in range(50):
         one_of_each()
-    wait_until(lambda: used() == before, 5, "what the last ones had open is closed")
+    wait_until(lambda: used() == before, 30, "what the last ones had open is closed")
     assert resident_mib("self") - ours < 16
     assert resident_mib(server_of(decoder)) - its < 4
 

