@@ -16,6 +16,7 @@ from shared.schemas import Problem
 CONNECTION = "whisper.connection"  # in a request's scope
 HEAD_SECONDS = 10.0  # nginx's own figures (client_header_timeout, large_client_header_buffers)
 HEAD_BYTES = 64 * 1024
+SEND_SECONDS = 60.0  # send_timeout
 
 
 class Connection:
@@ -39,18 +40,29 @@ class Connection:
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. Where uvicorn waits for the rest of a header for ever and keeps all that
-    comes, this closes it."""
+    """One connection. Where uvicorn waits for ever, for the rest of a header or for a client that
+    takes nothing of its answer, and keeps all that comes, this closes it."""
 
     # Beyond 30 attributes Python gives each object a dictionary of its own, of 1.5 KB.
-    __slots__ = ("_connection", "_head_bytes", "_head_end")
+    __slots__ = ("_connection", "_head_bytes", "_head_end", "_send_end")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._head_bytes = 0
         self._head_end: asyncio.TimerHandle | None = None  # while headers are awaited
+        self._send_end: asyncio.TimerHandle | None = None  # while the client takes too little
         super().connection_made(transport)
         self._connection = Connection(transport, self.flow)
         self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._send_end = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._send_end is not None:
+            self._send_end.cancel()
+            self._send_end = None
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
