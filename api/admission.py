@@ -7,7 +7,7 @@ the workers that live. While nothing was ever completed, or no worker was ever s
 and the queue refuses nobody. What goes before it depends on who sends it: whoever has nothing
 waiting is next, however much others have. It is predicted too short where others come later whose
 turn is earlier, where each slot is busy, and where the machine becomes slower. So that what was let
-in begins within MAX_QUEUE_SECONDS, two thirds of it are the most that may be predicted.
+in begins within MAX_QUEUE_SECONDS, half of it is the most that may be predicted.
 
 Asked twice. Before the body is read, so that it need not be sent; except a small one, which may be
 of a file that is done or under way, and such an upload is welcome however long the queue is. And in
@@ -29,7 +29,7 @@ from shared.settings import Settings
 from shared.storage import Manifest, Storage
 
 READ_ANYWAY_BYTES = 1024 * 1024
-MOST_PREDICTED = 2 / 3  # of MAX_QUEUE_SECONDS
+MOST_PREDICTED = 0.5  # of MAX_QUEUE_SECONDS
 SEEN_SECONDS = 1.0  # how old a look at the store may be
 LEAST_RETRY_SECONDS = 2.0
 MOST_RETRY_SECONDS = 3600.0

@@ -135,7 +135,8 @@ def now_and_then(caller: Caller, until: float, files: Files) -> None:
 
 def test_who_sends_now_and_then_hardly_notices_who_sends_far_too_much(tmp_path: Path) -> None:
     """And what is accepted begins in time, each refusal says when to come back, and after the
-    overload the service is idle soon."""
+    overload the service is idle soon. What runs is not interrupted, so who is next waits for one
+    file at most: twice as long as alone, at the speed that the machine has under that load."""
     seconds = float(os.environ.get("SECONDS") or 120)
     files = Files()
     with Service.in_folder(tmp_path, {**QUICK, **SETTINGS}) as service, ExitStack() as stack:
@@ -175,12 +176,12 @@ def test_who_sends_now_and_then_hardly_notices_who_sends_far_too_much(tmp_path: 
     told = [int(answer.headers.get("retry-after", 0)) for answer in greedy.refused]
     polite_done = [each for caller in polite for each in caller.done]
     noticed = percentile(polite_done, 0.95) / percentile(calm.done, 0.95)
-    running_seconds = percentile(greedy.ran, 0.95)
+    slower = median(greedy.ran) / median(calm.ran)
     predicted = max(queue["wait_seconds"] for queue in queues)
     grown_bytes = held_bytes[-1] - held_bytes[len(held_bytes) // 2]
     print(
         f"{unit_seconds:.2f} s a job, {greedy.sent / seconds * unit_seconds:.1f} times as much "
-        f"sent, each ran for {running_seconds:.2f} s (p95); "
+        f"sent, each ran {slower:.2f} times as long; "
         f"polite p95 {noticed:.2f} times that of the calm; cap {CAP_SECONDS} s, "
         f"{predicted:.1f} s predicted at most; idle after {idle_seconds:.1f} s; Retry-After "
         f"{min(told)} to {max(told)} s; the API grew by {grown_bytes / MIB:.1f} MiB"
@@ -189,7 +190,7 @@ def test_who_sends_now_and_then_hardly_notices_who_sends_far_too_much(tmp_path: 
     assert len(greedy.refused) > 3 * len(greedy.accepted), "it was an overload"
     assert min(told) >= 1
     assert [len(caller.refused) for caller in (calm, *polite)] == [0, 0, 0]
-    assert noticed <= 2
+    assert noticed <= 2 * slower
     assert max(each for caller in callers for each in caller.queued) <= CAP_SECONDS
     assert idle_seconds <= 1.1 * CAP_SECONDS
     assert grown_bytes < MOST_BYTES
