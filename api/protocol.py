@@ -59,13 +59,12 @@ class Protocol(HttpToolsProtocol):
         self._send_end = self.loop.call_later(SEND_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        if self._send_end is not None:
-            self._send_end.cancel()
-            self._send_end = None
+        self._end_stall()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
+        self._end_stall()  # or the timer would hold all this for a minute more
         super().connection_lost(exc)
         self._connection.is_lost = True
         if self._connection.on_lost is not None:
@@ -152,6 +151,11 @@ class Protocol(HttpToolsProtocol):
             self._head_end.cancel()
             self._head_end = None
             self._head_bytes = 0
+
+    def _end_stall(self) -> None:
+        if self._send_end is not None:
+            self._send_end.cancel()
+            self._send_end = None
 
     def _end_body(self, cycle: RequestResponseCycle) -> None:
         if cycle.more_body:
